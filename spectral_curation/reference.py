@@ -279,6 +279,8 @@ def _update(h, item) -> None:
     elif isinstance(item, (np.ndarray, np.generic, Tensor)):
         a = np.asarray(item); h.update(f'{a.dtype}{a.shape}'.encode()); h.update(np.ascontiguousarray(a).tobytes())
     elif isinstance(item, (int, float, bytes, bool)): h.update(repr(item).encode())
+    elif isinstance(item, dict):
+        for k in item: _update(h, (k, item[k]))
     elif isinstance(item, (tuple, list)):
         for o in item: _update(h, o)
     else: h.update(type(item).__name__.encode())   # the probe must tell these apart
