@@ -16,7 +16,7 @@ from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor, get_image_files, parent_label
-from fastai.torch_core import TensorImage, no_random
+from fastai.torch_core import TensorImage
 from fastai.vision.augment import Flip, RandTransform, Rotate, hsv2rgb, rgb2hsv, setup_aug_tfms
 from fastai.vision.core import PILImage, imagenet_stats
 from fasttransform import DisplayedTransform
@@ -76,10 +76,9 @@ def paper_tfms(
 def _dataloaders(items, get_x, get_y, splits, vocab, size, bs, augment, flip, num_workers, device, name, reference):
     for n, what in ((bs, 'bs (images in a batch)'), (size, 'size (side of the images in pixels)')):
         if n < 1: raise ValueError(f"{what} must be at least 1, got {n}")
-    with no_random():   # `dataloaders` draws random numbers; the caller's stay as they are
-        dsets = Datasets(items, [[get_x], [get_y, Categorize(vocab=vocab, sort=False)]], splits=[list(map(int, s)) for s in splits])
-        dls = dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=num_workers, device=device,
-                                after_item=[PaperResize(size), ToTensor()], after_batch=paper_tfms(flip, augment))
+    dsets = Datasets(items, [[get_x], [get_y, Categorize(vocab=vocab, sort=False)]], splits=[list(map(int, s)) for s in splits])
+    dls = dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=num_workers, device=device,
+                            after_item=[PaperResize(size), ToTensor()], after_batch=paper_tfms(flip, augment))
     dls.name, dls.default_reference = name, reference
     return dls
 
