@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Callable, Optional, Union
 
 import numpy as np, torch, torchvision
+import fastai.callback.progress, fastai.callback.schedule  # a Learner's progress table, fine_tune and lr_find
 from torch import Tensor, nn
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -139,7 +140,7 @@ class BatchSelector(Callback):
     def _checked(self, positions, n, k):
         if not torch.is_tensor(positions) or positions.shape != (k,) or positions.dtype != torch.int64:
             raise ValueError(f"{type(self).__name__}.select must return {k} positions as an int64 tensor, got {f'{positions.dtype} {list(positions.shape)}' if torch.is_tensor(positions) else type(positions).__name__}")
-        return positions
+        return positions.as_subclass(Tensor)   # fastai's tensor types do not index each other
 
     def after_train(self): self.stop_watching()
     def after_fit(self):
