@@ -31,11 +31,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     data = path.read_bytes()
     try:
         n = struct.unpack('<Q', data[:8])[0]
+        if 8+n > len(data): raise ValueError('its header is cut off')
         header, body, state = json.loads(data[8:8+n]), data[8+n:], {}
         header.pop('__metadata__', None)
         for name, h in header.items():
             (start, stop), dtype = h['data_offsets'], _safetensors_types[h['dtype']]
-            if not 0 <= start <= stop <= len(body) or stop-start != math.prod(h['shape'])*dtype.itemsize: raise ValueError(f"{name} lies outside the file")
+            if not 0 <= start <= stop <= len(body) or min(h['shape'], default=0) < 0 or stop-start != math.prod(h['shape'])*dtype.itemsize: raise ValueError(f"{name} lies outside the file")
             state[name] = torch.frombuffer(bytearray(body[start:stop]), dtype=dtype).view(h['shape']) if stop > start else torch.empty(h['shape'], dtype=dtype)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is not a complete safetensors file ({e}); copy or download it again") from e
@@ -249,7 +250,7 @@ def save_features(
         features.flush(); shape = list(features.shape); del features
         side = dict(meta, dtype=dtype, shape=shape, version=__version__, checksum=_sha256(tmp))
     with atomic_write(path.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(side, indent=1))
-    return load_features(path, meta)
+    return np.load(path, mmap_mode='r', allow_pickle=False)
 
 def load_features(
     path: Union[str, Path], # .npy file written by `save_features`
@@ -265,8 +266,9 @@ def load_features(
         same = np.shape(v) == np.shape(side.get(k)) and np.allclose(v, side[k], atol=2e-3) if k == 'probe' else v == side.get(k)
         if not same: raise StaleFeatures('the images that the loader gives have changed' if k == 'probe' else f'made for {k} {side.get(k)!r}, wanted {v!r}')
     if side.get('checksum') != _sha256(path): raise StaleFeatures('damaged (its checksum is wrong)')
-    features = np.load(path, mmap_mode='r', allow_pickle=False)
-    if list(features.shape) != side['shape'] or str(features.dtype) != side['dtype']: raise StaleFeatures('damaged (its shape is wrong)')
+    try: features = np.load(path, mmap_mode='r', allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e: raise StaleFeatures(f'it is no plain array ({e})')
+    if (list(features.shape), str(features.dtype)) != (side.get('shape'), side.get('dtype')): raise StaleFeatures('damaged (its shape is wrong)')
     return features
 
 # %% ../nbs/03_reference.ipynb #c025

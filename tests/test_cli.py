@@ -1,0 +1,78 @@
+"The command `curate` as a user meets it: in a process of its own, killed, stopped, resumed."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+tiny = '--epochs 2 --n_train 256 --bs 64 --size 16 --device cpu --methods standard,random'.split()
+
+
+def start(tmp, *args):
+    command = [Path(sys.executable).parent/'curate', *tiny, '--cache', tmp/'cache', '--out', tmp/'out', *args]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp)
+
+
+def lines(tmp):
+    f = tmp/'out/results.jsonl'
+    return f.read_text().splitlines() if f.exists() else []
+
+
+def stripped(row):
+    "A result without what depends on the clock."
+    row = json.loads(row)
+    return {k: v for k, v in row.items() if 'seconds' not in k} | dict(history=[h | dict(seconds=0) for h in row['history']])
+
+
+def test_killed_and_resumed(tmp_path):
+    "`kill -9` in the middle keeps the finished lines; the same command does the rest and gives what an unbroken one gives."
+    p = start(tmp_path, '--seeds', '2')
+    while not lines(tmp_path):
+        assert p.poll() is None, p.communicate()
+        time.sleep(.05)
+    p.send_signal(signal.SIGKILL); p.communicate()
+    before = lines(tmp_path)
+    assert 1 <= len(before) < 4
+    p = start(tmp_path, '--seeds', '2'); out, err = p.communicate()
+    assert p.returncode == 0, err
+    after = lines(tmp_path)
+    assert after[:len(before)] == before and len(after) == 4
+    assert 'random' in out and '±' in out
+    whole = tmp_path/'whole'; whole.mkdir()
+    start(whole, '--seeds', '2').communicate()
+    assert list(map(stripped, lines(whole))) == list(map(stripped, after))
+    assert not list(tmp_path.rglob('*.tmp'))
+
+
+def test_stopped_by_ctrl_c(tmp_path):
+    p = start(tmp_path, '--seeds', '3')
+    while not lines(tmp_path): time.sleep(.05)
+    p.send_signal(signal.SIGINT); out, err = p.communicate()
+    assert p.returncode == 130 and 'goes on from there' in err and 'Traceback' not in err
+    assert lines(tmp_path)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--filter_ratio', '2'], ['--filter_ratio', "'2'", '0 <= filter_ratio < 1']),
+    (['--dataset', 'pets', '--root', 'nowhere', '--methods', 'random'], ['--root', 'annotations']),
+    (['--weights', 'broken.pth'], ['--weights', 'broken.pth']),
+])
+def test_bad_values(tmp_path, args, words):
+    (tmp_path/'broken.pth').write_bytes(b'not weights')
+    p = start(tmp_path, *args); out, err = p.communicate()
+    assert p.returncode == 2 and 'Traceback' not in err
+    said = [line for line in err.splitlines() if line.startswith('curate:')]
+    assert len(said) == 1 and all(w in said[0] for w in words), err
+    assert not (tmp_path/'out').exists()
+
+
+def test_help_explains_every_option(tmp_path):
+    p = start(tmp_path, '--help'); out, _ = p.communicate()
+    assert p.returncode == 0
+    for option in 'dataset root methods filter_ratio seeds epochs bs size lr n_train weights reference reference_size device num_workers cache out'.split():
+        start_ = out.index(f'  --{option} '); text = out[start_:start_+400]
+        assert 'default' in text, option
