@@ -44,9 +44,9 @@ def plot_curves(
             for part, style in (('train', '--'), ('valid', '-')):
                 mean, half = mean_interval([[e[f'{part}_{metric}'] for e in run[:epochs]] for run in runs])
                 ax.plot(at, mean, style, color=f'C{i}', lw=1 if part == 'train' else 2, marker='o' if part == 'valid' else None, ms=3, label=f'{method}, {part}')
-                if part == 'valid' and len(runs) > 1: ax.fill_between(at, mean-half, mean+half, color=f'C{i}', alpha=.15, lw=0)
-    top = max(e['valid_loss'] for runs in histories.values() for run in runs for e in run[1:] or run)
-    axs[0].set(ylabel='loss', ylim=(0, min(top*1.1, axs[0].get_ylim()[1]))); axs[1].set(ylabel='accuracy')
+                low = np.maximum(mean-half, mean/10 if metric == 'loss' else 0)     # a loss has a logarithmic axis, an accuracy no negative values
+                if part == 'valid' and len(runs) > 1: ax.fill_between(at, low, mean+half if metric == 'loss' else np.minimum(mean+half, 1), color=f'C{i}', alpha=.15, lw=0)
+    axs[0].set(ylabel='loss', yscale='log'); axs[1].set(ylabel='accuracy')
     for ax in axs: ax.set_xlabel(x if x == 'epoch' else 'cost (learner forward passes)'); ax.grid(alpha=.3)
     axs[1].legend(fontsize=8)
     return axs
@@ -97,5 +97,6 @@ def plot_weights(
     limit = np.abs(w).max() or 1
     axs[0].figure.colorbar(axs[0].imshow(w, aspect='auto', cmap='coolwarm', vmin=-limit, vmax=limit, interpolation='nearest'), ax=axs[0])
     axs[0].set(xlabel='input feature', ylabel='class', title=f'{title} weights'.strip())
-    axs[1].hist(w.ravel(), bins=60); axs[1].set(xlabel='weight', ylabel='number', title=f'mean {w.mean():.3g}, deviation {w.std():.3g}')
+    axs[1].hist(w.ravel(), bins=60); axs[1].set(xlabel='weight', ylabel='number')
+    axs[1].set_title(f'mean {w.mean():.2g}, deviation {w.std():.2g}', fontsize=10)
     return axs

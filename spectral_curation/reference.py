@@ -6,7 +6,7 @@ __all__ = ['read_weights', 'head_name', 'load_weights', 'pretrained', 'arch_of_f
            'probe', 'default_cache', 'default_reference', 'reference_features', 'check_features']
 
 # %% ../nbs/03_reference.ipynb #c003
-import difflib, hashlib, json, math, os, re, struct, tempfile
+import difflib, hashlib, json, math, os, re, secrets, struct
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Iterator, Optional, Union
@@ -225,12 +225,12 @@ def atomic_write(
     path: Path, # the file to write; its folder must exist
 ) -> Iterator[Path]:
     "A temporary path beside `path` that takes its place when the block ends well, and is removed otherwise."
-    fd, tmp = tempfile.mkstemp(prefix=path.name + '.', suffix='.tmp', dir=path.parent); os.close(fd)
+    tmp = path.with_name(f'{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
     try:
-        yield Path(tmp)
+        yield tmp
         with open(tmp, 'rb+') as f: os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+    finally: tmp.unlink(missing_ok=True)
 
 def save_features(
     path: Union[str, Path], # .npy file to write
