@@ -24,7 +24,6 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import params
-from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 

@@ -8,13 +8,11 @@ __all__ = ['datasets', 'PaperResize', 'adjust_brightness', 'adjust_contrast', 'a
 
 # %% ../nbs/06_data.ipynb #c002
 import os
-from functools import partial
 from pathlib import Path
 from typing import Callable, Optional, Union
 
 import numpy as np, torch, torchvision
 from PIL import Image
-from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor, get_image_files, parent_label

@@ -8,11 +8,11 @@ __all__ = ['dataset_defaults', 'methods', 'Config', 'forward_flops', 'reference_
 
 # %% ../nbs/08_experiment.ipynb #c003
 import hashlib, io, json, os, platform, time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, Optional, Union
 
-import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torchvision
+import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
-from .callback import BatchSelector, SALN, RandomSubset, curated_learner, take_rows
+from .callback import BatchSelector, SALN, RandomSubset, curated_learner
 from .data import datasets
 from .plot import mean_interval, plot_curves, plot_selection, plot_weights
 from .reference import Reference, atomic_write, default_reference, frozen_loader, head_name

@@ -10,7 +10,6 @@ from typing import Optional, Union
 
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.axes import Axes
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastcore.basics import patch
 from scipy import stats

@@ -1,6 +1,5 @@
 "The command `curate` as a user meets it: in a process of its own, killed, stopped, resumed."
 import json
-import os
 import signal
 import subprocess
 import sys

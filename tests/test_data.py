@@ -4,7 +4,6 @@ import urllib.request
 from urllib.error import URLError
 
 import pytest
-import torch
 import torchvision
 
 from spectral_curation.data import cifar10_dls, flowers_dls, pets_dls
