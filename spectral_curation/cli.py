@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     o('--dataset', type=_dataset, default='digits', metavar='NAME', help=f"one of {', '.join(datasets)} (default: digits, which needs no download)")
     o('--root', metavar='FOLDER', help="folder that holds the data set's files (default: they are downloaded; digits need none)")
     o('--methods', type=_methods, default=['standard', 'saln', 'random'], metavar='A,B', help=f"methods to compare, from {', '.join(methods)} (default: standard,saln,random)")
-    o('--filter_ratio', type=_ratio, default=.8, metavar='R', help="share of each batch that is removed, 0 <= R < 1 (default: 0.8)")
+    o('--filter_ratio', type=_ratio, default=.8, metavar='R', help="share of each batch that is removed, 0 <= R < 1 (default: 0.8; gstds follows its schedule, from 0.9 to 0.6)")
     o('--seeds', type=_number(int, 1), default=3, metavar='N', help="number of runs of each method, with seeds 0 to N-1 (default: 3)")
     o('--epochs', type=_number(int, 1), metavar='N', help=f"passes over the training set (default: {_by_dataset('epochs')})")
     o('--bs', type=_number(int, 2), default=128, metavar='N', help="images in a batch before selection (default: 128)")
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     o('--lr', type=_number(float, above=0), metavar='X', help=f"learning rate of SGD with momentum 0.9 (default: {_by_dataset('lr')})")
     o('--n_train', type=_number(int, 1), metavar='N', help="use only N training images (default: all)")
     o('--weights', metavar='W', help="initial weights of ResNet-18: imagenet (downloaded), or a .pth or .safetensors file (default: random)")
-    o('--reference', metavar='M', help="reference model of SALN: pixels, a torchvision model's name, or a weights file whose name begins with one (default: pixels for digits, resnet50 for photographs)")
+    o('--reference', metavar='M', help="reference model of saln and gstds: pixels, a torchvision model's name, or a weights file whose name begins with one (default: pixels for digits, resnet50 for photographs)")
     o('--reference_size', type=_number(int, 8), metavar='PX', help="side in pixels to which images are resized for the reference (default: as the learner sees them)")
     o('--device', type=_device, metavar='D', help=f"where to compute, such as cpu or cuda (default here: {default_device()})")
     o('--num_workers', type=_number(int, 0), metavar='N', help="processes that read images (default: one a core; digits 0)")
@@ -93,7 +93,7 @@ def _check_files(p: argparse.ArgumentParser, c: Config) -> None:
     if c.n_train: dls = attempt('--n_train', lambda: datasets[c.dataset](**kwargs, bs=c.bs, size=c.size, n_train=c.n_train, device=c.device, num_workers=0))
     if len(dls.train) == 0: p.error(f"argument --bs: must be at most the number of training images, {len(dls.train.dataset)}; got {c.bs}")
     attempt('--weights', lambda: curated_learner(dls, c.arch, c.weights))
-    if c.method == 'saln': attempt('--reference', lambda: Reference(c.reference or default_reference(dls), c.reference_size))
+    if c.method in ('saln', 'gstds'): attempt('--reference', lambda: Reference(c.reference or default_reference(dls), c.reference_size))
 
 def curate(
     argv: Optional[list[str]]=None, # arguments; None: those of the command line
@@ -102,7 +102,7 @@ def curate(
     p = parser()
     args = vars(p.parse_args(argv))
     names, seeds, out = args.pop('methods'), args.pop('seeds'), args.pop('out')
-    for m in names: _check_files(p, Config(method=m, **args)) if m == 'saln' or m == names[0] else None
+    for m in names: _check_files(p, Config(method=m, **args)) if m in ('saln', 'gstds') or m == names[0] else None
     c = Config(method=names[0], **args).complete()
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: p.error(f"argument --out: must be a folder that can be written, got {str(out)!r} ({e.strerror})")

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
-from .callback import BatchSelector, SALN, RandomSubset, curated_learner
+from .callback import BatchSelector, GSTDS, SALN, RandomSubset, curated_learner
 from .data import datasets
 from .plot import mean_interval, plot_curves, plot_selection, plot_weights
 from .reference import Reference, atomic_write, default_reference, frozen_loader, head_name
@@ -64,6 +64,7 @@ class Config:
             if c[name] and Path(c[name]).is_file(): c[name] = f"{Path(c[name]).name}:{hashlib.sha256(Path(c[name]).read_bytes()).hexdigest()[:12]}"
         if c['method'] in ('standard', 'random'): c['reference'] = c['reference_size'] = None
         if c['method'] == 'standard': c['filter_ratio'] = 0.
+        if c['method'] == 'gstds': c['filter_ratio'] = None     # it follows its schedule
         return c
 
     @property
@@ -86,6 +87,7 @@ methods: dict[str, Callable[[Config], BatchSelector]] = dict(
     standard=lambda c: BatchSelector(0.),
     saln=_saln,
     random=lambda c: RandomSubset(c.filter_ratio, seed=c.seed),
+    gstds=lambda c: GSTDS(reference=c.reference, size=c.reference_size, cache=c.cache or True, seed=c.seed),
 )
 
 # %% ../nbs/08_experiment.ipynb #c011
