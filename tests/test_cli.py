@@ -13,7 +13,9 @@ tiny = '--epochs 2 --n_train 256 --bs 64 --size 16 --device cpu --methods standa
 
 def start(tmp, *args):
     command = [Path(sys.executable).parent/'curate', *tiny, '--cache', tmp/'cache', '--out', tmp/'out', *args]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp)
+    # a shell starts its background jobs with ctrl-c ignored, and children inherit that; a terminal does not
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def lines(tmp):
