@@ -125,7 +125,7 @@ class _Watch(Callback):
     def after_batch(self):
         if self.training and len(self.batches) < 2: self.batches.append((self.selector.idx, self.selector.positions.cpu()))
     def after_epoch(self):
-        if self.progress: self.progress()
+        if self.progress and not self.learn.lock.locked(): self.progress()    # not after the final test
 
 def run(
     config: Config, # what to run
