@@ -10,6 +10,7 @@ from typing import Optional, Union
 
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from fastai.learner import Learner
 from fastcore.basics import patch
 from scipy import stats
@@ -48,7 +49,9 @@ def plot_curves(
                 low = np.maximum(mean-half, mean/10 if metric == 'loss' else 0)     # a loss has a logarithmic axis, an accuracy no negative values
                 if part == 'valid' and len(runs) > 1: ax.fill_between(at, low, mean+half if metric == 'loss' else np.minimum(mean+half, 1), color=f'C{i}', alpha=.15, lw=0)
     axs[0].set(ylabel='loss', yscale='log'); axs[1].set(ylabel='accuracy')
-    for ax in axs: ax.set_xlabel(x if x == 'epoch' else 'cost (learner forward passes)'); ax.grid(alpha=.3)
+    for ax in axs:
+        ax.set_xlabel(x if x == 'epoch' else 'cost (learner forward passes)'); ax.grid(alpha=.3)
+        if x == 'epoch': ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axs[1].legend(fontsize=8)
     return axs
 
