@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_select', 'top_loss_select', 'rho_select', 'gumbel_top_k', 'selective_backprop_select', 'chunk_sizes',
-           'jest_logits', 'jest_select']
+           'jest_logits', 'jest_select', 'class_pair_losses']
 
 # %% ../nbs/01_joint.ipynb #c003
 from typing import Optional
@@ -112,3 +112,12 @@ def jest_select(
     for size in chunk_sizes(n_keep(len(learner), filter_ratio), n_chunks):
         chosen = torch.cat([chosen, gumbel_top_k(jest_logits(scores[method], chosen), size, generator)])
     return chosen
+
+# %% ../nbs/01_joint.ipynb #c028
+def class_pair_losses(
+    logits: Tensor, # [B, C] outputs of a classifier
+    targets: Tensor, # [B] classes, int64
+) -> Tensor: # [B, B] loss of image i with the class of label j
+    "Sigmoid contrastive losses between the images of a batch and the classes of its labels (after SigLIP, arXiv 2303.15343)."
+    same = targets[:, None] == targets[None]
+    return -torch.nn.functional.logsigmoid(torch.where(same, 1., -1.) * logits[:, targets].float())
