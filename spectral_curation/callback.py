@@ -131,6 +131,7 @@ class Selector(Callback):
         finally: setattr(self, name, getattr(self, name) + time.perf_counter()-start)
 
     def before_fit(self):
+        self.stop_watching()                    # ctrl-c ends a training without any event
         if self.learn.lock.locked(): return     # fastai's sign that it validates or predicts, and does not train
         self._remove_columns()
         self.seconds_preparing = 0.
@@ -161,7 +162,7 @@ class Selector(Callback):
 
     def after_train(self): self.stop_watching()
     def after_fit(self):
-        self._remove_columns()
+        self.stop_watching(); self._remove_columns()
         if hasattr(self.learn, 'lr_finder') and hasattr(self, '_before_fit'): self.load_state_dict(self._before_fit)    # a search leaves no trace
 
     def stop_watching(self):
