@@ -82,12 +82,16 @@ def _dataloaders(items, get_x, get_y, splits, vocab, size, bs, augment, flip, nu
     dls.name, dls.default_reference = name, reference
     return dls
 
-def _split(n: int, valid: int, seed: int, n_train: Optional[int]) -> tuple[np.ndarray, np.ndarray]:
+def _split(n: int, valid: int, seed: int, n_train: Optional[int], n_valid: Optional[int]=None) -> tuple[np.ndarray, np.ndarray]:
     "Shuffled positions for training and for validation."
     perm = np.random.default_rng(seed).permutation(n)
     most = n - valid
     if n_train is not None and not 1 <= n_train <= most: raise ValueError(f"n_train must be from 1 to {most}, the images left for training after {valid} for validation; got {n_train}")
-    return perm[valid:valid + (most if n_train is None else n_train)], perm[:valid]
+    return perm[valid:valid + (most if n_train is None else n_train)], perm[:valid][:_check_valid(n_valid, valid)]
+
+def _check_valid(n_valid: Optional[int], valid: int) -> Optional[int]:
+    if n_valid is not None and not 1 <= n_valid <= valid: raise ValueError(f"n_valid must be from 1 to {valid}, the images for validation; got {n_valid}")
+    return n_valid
 
 def _pil(o): return PILImage.create(np.repeat(o['image'][..., None], 3, -1))
 def _label(o): return o['label']
@@ -96,6 +100,7 @@ def digits_dls(
     bs: int=128, # images in a training batch
     size: int=32, # side of the images in pixels
     n_train: Optional[int]=None, # use only so many training images; None: all
+    n_valid: Optional[int]=None, # use only so many validation images; None: all
     augment: bool=True, # rotation and colour jitter on training images
     split_seed: int=0, # of the split
     num_workers: int=0, # processes that read images; the digits are in memory
@@ -106,7 +111,7 @@ def digits_dls(
     items = [dict(image=np.uint8(np.round(image*255/16)), label=int(y)) for image, y in zip(digits.images, digits.target)]
     n = len(items)//5
     perm = np.random.default_rng(split_seed).permutation(len(items))
-    train, valid = _split(len(items)-n, n, split_seed+1, n_train)
+    train, valid = _split(len(items)-n, n, split_seed+1, n_train, n_valid)
     return _dataloaders(items, _pil, _label, [perm[n:][train], perm[n:][valid], perm[:n]], list(range(10)), size, bs, augment, False, num_workers, device, 'digits', 'pixels')
 
 # %% ../nbs/06_data.ipynb #c017
@@ -125,6 +130,7 @@ def cifar10_dls(
     bs: int=128, # images in a training batch
     size: int=32, # side of the images in pixels
     n_train: Optional[int]=None, # use only so many training images; None: all 45,000
+    n_valid: Optional[int]=None, # use only so many validation images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the split
     num_workers: Optional[int]=None, # processes that read images; None: one a core
@@ -141,7 +147,7 @@ def cifar10_dls(
     _fetch('CIFAR-10', get, path, layout, root is not None)
     train, test = (sorted(get_image_files(path/part)) for part in ('train', 'test'))
     vocab = sorted(p.name for p in (path/'train').iterdir() if p.is_dir())
-    tr, va = _split(len(train), len(train)//10, split_seed, n_train)
+    tr, va = _split(len(train), len(train)//10, split_seed, n_train, n_valid)
     return _dataloaders(train+test, PILImage.create, parent_label, [tr, va, np.arange(len(train), len(train)+len(test))], vocab, size, bs, augment, True, num_workers, device, 'cifar10', 'resnet50')
 
 def flowers_dls(
@@ -149,6 +155,7 @@ def flowers_dls(
     bs: int=128, # images in a training batch
     size: int=224, # side of the images in pixels
     n_train: Optional[int]=None, # use only so many training images; None: all 1,020
+    n_valid: Optional[int]=None, # use only so many validation images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the choice of n_train images; the splits are the data set's own
     num_workers: Optional[int]=None, # processes that read images; None: one a core
@@ -162,6 +169,7 @@ def flowers_dls(
     labels, ids = loadmat(path/'imagelabels.mat')['labels'][0], loadmat(path/'setid.mat')
     train, valid, test = (ids[k][0] for k in ('trnid', 'valid', 'tstid'))
     train = train[_split(len(train), 0, split_seed, n_train)[0]] if n_train else train
+    valid = valid[_split(len(valid), 0, split_seed, _check_valid(n_valid, len(valid)))[0]] if n_valid else valid
     order = np.concatenate([train, valid, test])
     items = [dict(path=path/f'jpg/image_{i:05d}.jpg', label=int(labels[i-1])) for i in order]
     ends = np.cumsum([len(train), len(valid), len(test)])
@@ -174,6 +182,7 @@ def pets_dls(
     bs: int=128, # images in a training batch
     size: int=224, # side of the images in pixels
     n_train: Optional[int]=None, # use only so many training images; None: all
+    n_valid: Optional[int]=None, # use only so many validation images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the split into training and validation
     num_workers: Optional[int]=None, # processes that read images; None: one a core
@@ -187,7 +196,7 @@ def pets_dls(
     def read(part): return [dict(path=path/'images'/f'{name}.jpg', label=name.rsplit('_', 1)[0])
                             for name in (line.split()[0] for line in (path/'annotations'/f'{part}.txt').read_text().splitlines() if line.strip())]
     trainval, test = read('trainval'), read('test')
-    tr, va = _split(len(trainval), len(trainval)//10, split_seed, n_train)
+    tr, va = _split(len(trainval), len(trainval)//10, split_seed, n_train, n_valid)
     vocab = sorted({o['label'] for o in trainval})
     return _dataloaders(trainval+test, _open, _label, [tr, va, np.arange(len(trainval), len(trainval)+len(test))], vocab, size, bs, augment, True, num_workers, device, 'pets', 'resnet50')
 

@@ -33,7 +33,7 @@ def _each_batch(learn: Learner, f: Callable, bs: int=64) -> np.ndarray:
     "`f(x, y)` for all training samples in data set order, not augmented, the model in evaluation mode."
     device = next(learn.model.parameters()).device
     with frozen_loader(learn.dls, bs) as dl, Reference(learn.model).frozen(device):
-        return torch.cat([f(x, y).float().cpu() for x, y in (to_device(tuple(b), device) for b in dl)]).numpy()
+        return torch.cat([f(*(t.as_subclass(Tensor) for t in to_device(tuple(b), device))).float().cpu() for b in dl]).numpy()
 
 def _train(learn: Learner, epochs: int, cbs=None) -> None:
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=cbs)
