@@ -8,8 +8,15 @@ __all__ = []
 # %% ../nbs/11_all.ipynb #c002
 from .spectral import *
 from .joint import *
+from .pruning import *
 from .reference import *
 from .callback import *
+from .epoch import *
+from .scores import *
+from .checkpoint import *
+from .diagnostics import *
 from .data import *
 from .plot import *
 from .experiment import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]

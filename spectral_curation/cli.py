@@ -18,7 +18,7 @@ from fastai.torch_core import default_device
 
 from .data import datasets
 from .callback import curated_learner
-from .experiment import Config, compare, dataset_defaults, methods
+from .experiment import Config, dataset_defaults, grid, methods, run_all, summarize
 from .reference import Reference, default_reference
 from .spectral import check_filter_ratio
 
@@ -38,17 +38,17 @@ def _number(kind: type, least=None, above=None) -> Callable:
 
 def _ratio(text):
     try: return check_filter_ratio(float(text))
-    except ValueError: raise argparse.ArgumentTypeError(f'must be a number with 0 <= filter_ratio < 1 (the share of each batch that is removed), got {text!r}')
+    except ValueError: raise argparse.ArgumentTypeError(f'must be a number with 0 <= filter_ratio < 1 (the share of the samples that is removed), or several, separated by commas; got {text!r}')
+def _ratios(text): return list(dict.fromkeys(_ratio(r.strip()) for r in text.split(',')))
 
-def _methods(text):
-    names = [m.strip() for m in text.split(',') if m.strip()]
-    bad = [m for m in names if m not in methods]
-    if bad or not names: raise argparse.ArgumentTypeError(f"must be names from {', '.join(methods)}, separated by commas; got {(bad or [text])[0]!r}")
-    return list(dict.fromkeys(names))
-
-def _dataset(text):
-    if text not in datasets: raise argparse.ArgumentTypeError(f"must be one of {', '.join(datasets)}; got {text!r}")
-    return text
+def _names(allowed) -> Callable:
+    def parse(text):
+        names = [m.strip() for m in text.split(',') if m.strip()]
+        bad = [m for m in names if m not in allowed]
+        if bad or not names: raise argparse.ArgumentTypeError(f"must be names from {', '.join(allowed)}, separated by commas; got {(bad or [text])[0]!r}")
+        return list(dict.fromkeys(names))
+    return parse
+def _methods(text): return list(methods) if text.strip() == 'all' else _names(methods)(text)
 
 def _device(text):
     try: torch.zeros(1, device=text)
@@ -59,25 +59,26 @@ def _by_dataset(name): return ', '.join(f'{d} {v[name]}' for d, v in dataset_def
 
 def parser() -> argparse.ArgumentParser:
     "The options of `curate`."
-    p = _Parser('curate', description="Train ResNet-18 on a data set with several data selection methods and compare them: a table with intervals, results.jsonl, curves.png, selection.png and weights.png.",
-                epilog="An interrupted command keeps its finished runs; the same command goes on where it stopped.")
+    p = _Parser('curate', description="Train ResNet-18 on a data set with several data selection methods and compare them: tables with intervals, results.jsonl, and figures.",
+                epilog="An interrupted command keeps its finished runs; the same command goes on where it stopped, in the middle of a run from its last epoch.")
     o = p.add_argument
-    o('--dataset', type=_dataset, default='digits', metavar='NAME', help=f"one of {', '.join(datasets)} (default: digits, which needs no download)")
+    o('--dataset', type=_names(datasets), default=['digits'], metavar='A,B', help=f"data sets, from {', '.join(datasets)} (default: digits, which needs no download)")
     o('--root', metavar='FOLDER', help="folder that holds the data set's files (default: they are downloaded; digits need none)")
-    o('--methods', type=_methods, default=['standard', 'saln', 'random'], metavar='A,B', help=f"methods to compare, from {', '.join(methods)} (default: standard,saln,random)")
-    o('--filter_ratio', type=_ratio, default=.8, metavar='R', help="share of each batch that is removed, 0 <= R < 1 (default: 0.8; gstds follows its schedule, from 0.9 to 0.6)")
+    o('--methods', type=_methods, default=['standard', 'saln', 'random', 'standard_short'], metavar='A,B', help=f"methods to compare, from {', '.join(methods)}; or all (default: standard,saln,random,standard_short). The controls random and standard_short also run at the cost of the other methods where that differs")
+    o('--filter_ratio', type=_ratios, default=[.8], metavar='R', help="share of the samples that is removed, 0 <= R < 1, or several, separated by commas (default: 0.8; gstds follows its schedule, from 0.9 to 0.6)")
     o('--seeds', type=_number(int, 1), default=3, metavar='N', help="number of runs of each method, with seeds 0 to N-1 (default: 3)")
     o('--epochs', type=_number(int, 1), metavar='N', help=f"passes over the training set (default: {_by_dataset('epochs')})")
     o('--bs', type=_number(int, 2), default=128, metavar='N', help="images in a batch before selection (default: 128)")
     o('--size', type=_number(int, 8), metavar='PX', help=f"side of the images in pixels (default: {_by_dataset('size')})")
     o('--lr', type=_number(float, above=0), metavar='X', help=f"learning rate of SGD with momentum 0.9 (default: {_by_dataset('lr')})")
     o('--n_train', type=_number(int, 1), metavar='N', help="use only N training images (default: all)")
+    o('--n_valid', type=_number(int, 1), metavar='N', help="use only N validation images (default: all)")
     o('--weights', metavar='W', help="initial weights of ResNet-18: imagenet (downloaded), or a .pth or .safetensors file (default: random)")
     o('--reference', metavar='M', help="reference model of saln and gstds: pixels, a torchvision model's name, or a weights file whose name begins with one (default: pixels for digits, resnet50 for photographs)")
     o('--reference_size', type=_number(int, 8), metavar='PX', help="side in pixels to which images are resized for the reference (default: as the learner sees them)")
     o('--device', type=_device, metavar='D', help=f"where to compute, such as cpu or cuda (default here: {default_device()})")
     o('--num_workers', type=_number(int, 0), metavar='N', help="processes that read images (default: one a core; digits 0)")
-    o('--cache', metavar='FOLDER', help="where the reference's features are kept (default: features in fastai's folder, ~/.fastai)")
+    o('--cache', metavar='FOLDER', help="where the reference's features and the samples' scores are kept (default: features in fastai's folder, ~/.fastai)")
     o('--out', type=Path, default=Path('curation'), metavar='FOLDER', help="folder for results and figures (default: curation)")
     return p
 
@@ -90,7 +91,9 @@ def _check_files(p: argparse.ArgumentParser, c: Config) -> None:
     if c.root and c.dataset == 'digits': p.error(f"argument --root: digits come with scikit-learn and are read from no folder; got {c.root!r}")
     kwargs = {} if c.dataset == 'digits' else dict(root=c.root)
     dls = attempt('--root', lambda: datasets[c.dataset](**kwargs, bs=c.bs, size=c.size, device=c.device, num_workers=0))
-    if c.n_train: dls = attempt('--n_train', lambda: datasets[c.dataset](**kwargs, bs=c.bs, size=c.size, n_train=c.n_train, device=c.device, num_workers=0))
+    for option in ('n_train', 'n_valid'):
+        if n := getattr(c, option): dls = attempt(f'--{option}', lambda: datasets[c.dataset](**kwargs, bs=c.bs, size=c.size, **{option: n}, device=c.device, num_workers=0))
+    if c.n_train: dls = datasets[c.dataset](**kwargs, bs=c.bs, size=c.size, n_train=c.n_train, device=c.device, num_workers=0)
     if len(dls.train) == 0: p.error(f"argument --bs: must be at most the number of training images, {len(dls.train.dataset)}; got {c.bs}")
     attempt('--weights', lambda: curated_learner(dls, c.arch, c.weights))
     if c.method in ('saln', 'gstds'): attempt('--reference', lambda: Reference(c.reference or default_reference(dls), c.reference_size))
@@ -101,17 +104,28 @@ def curate(
     "Compare data selection methods: the console command. Exits with 2 for bad options, 130 when stopped by ctrl-c."
     p = parser()
     args = vars(p.parse_args(argv))
-    names, seeds, out = args.pop('methods'), args.pop('seeds'), args.pop('out')
-    for m in names: _check_files(p, Config(method=m, **args)) if m in ('saln', 'gstds') or m == names[0] else None
-    c = Config(method=names[0], **args).complete()
+    names, seeds, out, ratios, sets = (args.pop(k) for k in ('methods', 'seeds', 'out', 'filter_ratio', 'dataset'))
+    for d in sets:
+        for m in names:
+            if m in ('saln', 'gstds') or m == names[0]: _check_files(p, Config(dataset=d, method=m, **args))
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: p.error(f"argument --out: must be a folder that can be written, got {str(out)!r} ({e.strerror})")
-    print(f"{c.dataset}: {', '.join(names)}; {seeds} seed(s), {c.epochs} epochs, batches of {c.bs}, filter ratio {c.filter_ratio}, {c.size} px, learning rate {c.lr}, {c.device}", flush=True)
+    configs = grid(names, seeds, ratios, sets, **args)
+    for d in sets:
+        c = next(c for c in configs if c.dataset == d)
+        print(f"{d}: {', '.join(names)}; {seeds} seed(s), {c.epochs} epochs, batches of {c.bs}, filter ratio {', '.join(map(str, ratios))}, {c.size} px, learning rate {c.lr}, {c.device}", flush=True)
     start = time.perf_counter()
-    try: table = compare(names, seeds, out, **args)
+    try: rows = run_all(configs, out)
     except KeyboardInterrupt:
         print(f"\nStopped. Finished runs are in {out/'results.jsonl'}; the same command goes on from there.", file=sys.stderr)
         return 130
     except (OSError, ValueError) as e: p.error(' '.join(str(e).split()))
-    print(f"\n{table.to_string()}\n\n{time.perf_counter()-start:.0f} s; written to {out}: results.jsonl, " + ', '.join(f.name for f in sorted(out.glob('*.png'))))
+    for d in sets:
+        place = out if len(sets) == 1 else out/d
+        result = summarize([r for r in rows if r['config']['dataset'] == d], place, out/'runs')
+        split = list(result.table.columns).index('seconds')
+        print(f"\n{d}\n\n{result.table.iloc[:, :split].to_string()}\n\n{result.table.iloc[:, split:].to_string()}")
+        if len(result.paired): print(f"\nTest accuracy against the controls at equal cost, in points, seed by seed:\n\n{result.paired.iloc[:, :2].to_string()}\n\n{result.paired.iloc[:, 2:].to_string()}")
+        print(f"\nwritten to {place}: " + ', '.join(f.name for f in result.figures))
+    print(f"\n{time.perf_counter()-start:.0f} s; lines of results in {out/'results.jsonl'}")
     return 0

@@ -395,17 +395,18 @@ def _figure(path: Path, draw: Callable) -> None:
 
 def draw_figures(
     rows: list[dict], # lines of results
-    out: Path, # folder; the artefacts of the runs are in out/runs
+    out: Path, # folder
+    runs: Optional[Path]=None, # folder of the runs' artefacts; None: out/runs
 ) -> list[Path]: # the files written
     "Pictures of one data set, from result lines and saved artefacts alone: `curves.png`, `cost.png` and, where there is what they show, `ratio.png`, `selection.png`, `weights.png`, `diagnostics.png`."
-    by_method = dict(_groups(rows))
+    by_method, artefacts = dict(_groups(rows)), runs or out/'runs'
     _figure(out/'curves.png', lambda: plot_curves({m: [r['history'] for r in runs] for m, runs in by_method.items()}))
     points = {m: [(r['config']['filter_ratio'], r['cost'], r['test_accuracy']) for r in runs] for m in dict.fromkeys(r['config']['method'] for r in rows) if (runs := [r for r in rows if r['config']['method'] == m])}
     _figure(out/'cost.png', lambda: plot_cost(points))
     files, saved = [out/'curves.png', out/'cost.png'], {}
     if any(len({p[0] for p in ps}) > 1 for ps in points.values()): _figure(out/'ratio.png', lambda: plot_ratio(points)); files.append(out/'ratio.png')
     for m, runs in by_method.items():
-        path = next((p for r in runs if (p := out/'runs'/f"{r['key']}.npz").exists()), None)
+        path = next((p for r in runs if (p := artefacts/f"{r['key']}.npz").exists()), None)
         if path: saved[m] = dict(np.load(path, allow_pickle=False))
     if saved: _figure(out/'diagnostics.png', lambda: plot_diagnostics({m: (a['times_kept'], a['times_offered'], a['labels']) for m, a in saved.items()}, {m: [r['gap'] for r in by_method[m]] for m in saved if by_method[m][0]['gap']})); files.append(out/'diagnostics.png')
     seen = [(m, a, i) for m, a in saved.items() for i in range(2) if f'xy{i}' in a]
@@ -493,7 +494,9 @@ def compare(
 
 def summarize(
     rows: list[dict], # lines of results of one data set
-    out: Union[str, Path]='curation', # folder for the figures
+    out: Union[str, Path]='curation', # folder for the figures; made if it is not there
+    runs: Union[str, Path, None]=None, # folder of the runs' artefacts; None: out/runs
 ) -> Comparison:
     "Tables and figures from lines of results alone."
-    return Comparison(results_table(rows), paired_table(rows), rows, draw_figures(rows, Path(out)))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return Comparison(results_table(rows), paired_table(rows), rows, draw_figures(rows, Path(out), runs and Path(runs)))

@@ -23,30 +23,42 @@ def lines(tmp):
     return f.read_text().splitlines() if f.exists() else []
 
 
+clock = ('seconds', 'data', 'selection', 'training')
+
+
 def stripped(row):
     "A result without what depends on the clock."
     row = json.loads(row)
-    return {k: v for k, v in row.items() if 'seconds' not in k} | dict(history=[h | dict(seconds=0) for h in row['history']])
+    return {k: v for k, v in row.items() if 'seconds' not in k} | dict(history=[{k: v for k, v in h.items() if k not in clock} for h in row['history']])
 
 
-def test_killed_and_resumed(tmp_path):
-    "`kill -9` in the middle keeps the finished lines; the same command does the rest and gives what an unbroken one gives."
-    p = start(tmp_path, '--seeds', '2')
-    while not lines(tmp_path):
+@pytest.mark.parametrize('methods, seeds, until', [
+    ('standard,random', 2, 'a line of results'),
+    ('saln,ucb', 1, 'a checkpoint'),      # in the middle of a run
+    ('el2n,jest', 1, 'a checkpoint'),     # with scores on disk
+])
+def test_killed_and_resumed(tmp_path, methods, seeds, until):
+    "`kill -9` keeps what is finished; the same command does the rest and gives what an unbroken one gives."
+    args = ['--seeds', str(seeds), '--methods', methods, '--epochs', '3']
+    reached = (lambda: lines(tmp_path)) if until == 'a line of results' else (lambda: list((tmp_path/'out/runs').glob('*.pt')))
+    p = start(tmp_path, *args)
+    while not reached():
         assert p.poll() is None, p.communicate()
-        time.sleep(.05)
+        time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.communicate()
     before = lines(tmp_path)
-    assert 1 <= len(before) < 4
-    p = start(tmp_path, '--seeds', '2'); out, err = p.communicate()
+    total = seeds*2
+    assert len(before) < total
+    p = start(tmp_path, *args); out, err = p.communicate()
     assert p.returncode == 0, err
     after = lines(tmp_path)
-    assert after[:len(before)] == before and len(after) == 4
-    assert 'random' in out and '±' in out
+    keys = [json.loads(line)['key'] for line in after]
+    assert after[:len(before)] == before and len(set(keys)) == len(keys) >= total
+    assert methods.split(',')[0] in out
     whole = tmp_path/'whole'; whole.mkdir()
-    start(whole, '--seeds', '2').communicate()
+    start(whole, *args).communicate()
     assert list(map(stripped, lines(whole))) == list(map(stripped, after))
-    assert not list(tmp_path.rglob('*.tmp'))
+    assert not [f for f in (tmp_path/'out').rglob('*') if f.suffix in ('.tmp', '.pt')]
 
 
 def test_stopped_by_ctrl_c(tmp_path):
@@ -58,7 +70,8 @@ def test_stopped_by_ctrl_c(tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--filter_ratio', '2'], ['--filter_ratio', "'2'", '0 <= filter_ratio < 1']),
+    (['--filter_ratio', '.5,2'], ['--filter_ratio', "'2'", '0 <= filter_ratio < 1']),
+    (['--methods', 'standard,best'], ['--methods', "'best'", 'standard_short']),
     (['--dataset', 'pets', '--root', 'nowhere', '--methods', 'random'], ['--root', 'annotations']),
     (['--weights', 'broken.pth'], ['--weights', 'broken.pth']),
 ])
@@ -74,6 +87,6 @@ def test_bad_values(tmp_path, args, words):
 def test_help_explains_every_option(tmp_path):
     p = start(tmp_path, '--help'); out, _ = p.communicate()
     assert p.returncode == 0
-    for option in 'dataset root methods filter_ratio seeds epochs bs size lr n_train weights reference reference_size device num_workers cache out'.split():
+    for option in 'dataset root methods filter_ratio seeds epochs bs size lr n_train n_valid weights reference reference_size device num_workers cache out'.split():
         start_ = out.index(f'  --{option} '); text = out[start_:start_+400]
         assert 'default' in text, option
