@@ -223,7 +223,7 @@ def run(
                             **{k: v[f'valid_{k}'] for k in Selector.columns}, **{k: round(s, 4) for k, s in seconds.items()}))
     with learn.no_bar(), learn.no_logging(): test_loss, test_accuracy = learn.validate(ds_idx=2)
     if artefacts: _save_artefacts(Path(artefacts), learn, selector, watch.batches, log)
-    prepared = getattr(selector, 'preparation', None)
+    prepared = vars(selector).get('preparation')
     if prepared: preparation = dict(preparation_cost=round(prepared.cost), preparation_seconds=round(prepared.seconds, 1))
     elif isinstance(selector, SALN): preparation = dict(preparation_cost=round(reference_cost(learn, c.reference or default_reference(dls), c.reference_size)), preparation_seconds=round(selector.seconds_preparing, 1))
     else: preparation = dict(preparation_cost=0, preparation_seconds=0.)

@@ -68,6 +68,7 @@ def early_scores(
             return el2n_scores(out, y) if score == 'el2n' else grand_last_layer_scores(inputs[0], out, y, head.bias is not None)
         try: total = total + _each_batch(learn, (lambda x, y: grand_scores(model, x, y)) if score == 'grand_full' else by_outputs)
         finally: hook.remove()
+    if not np.isfinite(total).all(): raise ValueError(f"the {score} of sample {int((~np.isfinite(total)).argmax())} is not finite: a model has diverged after {share:.0%} of {epochs} epochs; use a lower learning rate or a larger share")
     n = len(learn.dls.train.dataset)
     return Scores(total/k, 3*trained + k*n*(3 if score == 'grand_full' else 1), time.perf_counter()-start)
 
