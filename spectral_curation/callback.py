@@ -133,6 +133,8 @@ class Selector(Callback):
     def before_fit(self):
         self.stop_watching()                    # ctrl-c ends a training without any event
         if self.learn.lock.locked(): return     # fastai's sign that it validates or predicts, and does not train
+        selectors = [cb.name for cb in self.learn.cbs if isinstance(cb, Selector)]
+        if len(selectors) > 1: raise ValueError(f"use one selector at a time; this learner has {' and '.join(selectors)}")
         self._remove_columns()
         self.seconds_preparing = 0.
         self._reset_accounts()

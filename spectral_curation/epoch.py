@@ -6,8 +6,7 @@
 __all__ = ['EpochSelector', 'DynamicPruning', 'InfoBatch', 'StaticPruning', 'StandardShort']
 
 # %% ../nbs/04a_epoch.ipynb #c003
-import math
-from typing import Callable, Optional, Union
+from typing import Optional, Union
 
 import numpy as np, torch
 from torch import Tensor
@@ -48,7 +47,7 @@ class _HistorySelector(EpochSelector):
     alpha = 1.
     def prepare(self) -> None:
         n = len(self.dls.train.dataset)
-        if getattr(self, 'history', None) is None or len(self.history.mean) != n: self.history = History(n, self.alpha)
+        if vars(self).get('history') is None or len(self.history.mean) != n: self.history = History(n, self.alpha)
         self._scores = []
 
     def state_dict(self) -> dict: return super().state_dict() | (dict(history=self.history.state_dict()) if self.filter_ratio else {})

@@ -8,10 +8,9 @@ __all__ = ['Scores', 'early_scores', 'Forgetting', 'forgetting_scores', 'held_ou
 # %% ../nbs/04b_scores.ipynb #c002
 import json, math, time
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Union
 
 import numpy as np, torch
-import torch.nn.functional as F
 from torch import Tensor
 from fastai.learner import Learner
 from fastai.torch_core import to_device

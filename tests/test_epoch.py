@@ -4,7 +4,6 @@ import subprocess
 import sys
 import time
 
-import fastai.callback.progress
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -18,7 +17,6 @@ from spectral_curation.epoch import DynamicPruning, InfoBatch, StandardShort, St
 
 setup = '''
 import hashlib, json, random, sys, time, torch
-import fastai.callback.progress
 from fastai.basics import *
 from spectral_curation.all import *
 
