@@ -27,7 +27,7 @@ class EpochSelector(Selector):
         raise ValueError(f"{type(self).__name__} has no `choose`, so it can't remove a share of {self.filter_ratio}; subclass it, or use filter_ratio=0")
 
     def watch_loader(self) -> IndexWatch:
-        self.offered = len(self.dl)*self.dl.bs if self.dl.drop_last else self.dl.n
+        self.offered = self.epoch_size()
         if not self.filter_ratio: return super().watch_loader()
         self.generator, n = batch_generator(self.seed, self.epochs_begun, -1), len(self.dl.dataset)
         chosen = self.choose(n)
@@ -35,6 +35,10 @@ class EpochSelector(Selector):
         reads = torch.zeros(n, dtype=torch.bool)
         reads[chosen] = True
         return IndexWatch(self.dl, lambda draw: [i for i in draw() if reads[i]])
+
+    def epoch_size(self) -> int:
+        "Samples that a whole epoch reads."
+        return len(self.dl)*self.dl.bs if self.dl.drop_last else self.dl.n
 
     def before_batch(self):
         super().before_batch()
@@ -163,7 +167,7 @@ class StandardShort(EpochSelector):
         self.step, self.left = step, []
 
     def watch_loader(self) -> IndexWatch:
-        self.offered = len(self.dl)*self.dl.bs if self.dl.drop_last else self.dl.n
+        self.offered = self.epoch_size()
         if not self.filter_ratio: return IndexWatch(self.dl)
         whole, last = divmod(self.offered, self.dl.bs)
         total = whole*n_keep(self.dl.bs, self.filter_ratio) + (n_keep(last, self.filter_ratio) if last else 0)

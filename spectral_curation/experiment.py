@@ -350,13 +350,11 @@ def paired_differences(
     prepared: bool=False, # count what it cost to prepare
 ) -> list[float]: # one a shared seed: test accuracy of the method minus the control's at the same cost
     "Differences in test accuracy, seed by seed, at equal cost."
-    by_epoch = method[1] in _by_epoch or method[1] == 'standard_short' and method[3] is not None
+    by_epoch = method[1] in _by_epoch
     name, out = (_epoch_controls if by_epoch else _batch_controls)[control], []
-    steps = {r['config']['step'] for r in rows if r['config']['method'] == 'standard_short'}
-    full = max((s for s in steps if s), default=None)      # of several step sizes, the full one
     def is_control(r):
         c = r['config']
-        return c['method'] == 'standard' or c['method'] == name and (control == 'random' or (c['step'] == full and full is not None) == by_epoch or len(steps) == 1)
+        return c['method'] == 'standard' or c['method'] == name and (control == 'random' or (c['step'] == c['bs']) == by_epoch)
     for r in rows:
         if _kind(r) != method: continue
         points = [(o['cost'], o['test_accuracy']) for o in rows if o['config']['seed'] == r['config']['seed'] and is_control(o) and _kind(o) != method]

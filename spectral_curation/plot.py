@@ -62,30 +62,35 @@ def _intervals(runs: list[tuple], by: str) -> list[np.ndarray]:
     points = [(np.mean([p[1] for p in g]) if by == 'cost' else g[0][0], *mean_interval([p[2] for p in g])) for g in groups]
     return [np.array(v, float) for v in zip(*sorted(points))]
 
+def _error_bars(ax: Axes, i: int, method: str, runs: list[tuple], by: str) -> None:
+    x, mean, half = _intervals(runs, by)
+    ax.errorbar(x, 100*mean, 100*np.nan_to_num(half), fmt=_markers[i % len(_markers)] + ('-' if len(x) > 1 else ''), color=plt.get_cmap('tab20')(i % 20), ms=6, capsize=2, lw=1, label=method)
+
+def _accuracy_axes(ax: Optional[Axes], **labels) -> Axes:
+    if ax is None: ax = plt.subplots(figsize=(7, 4), dpi=90, layout='constrained')[1]
+    ax.set(ylabel='test accuracy (%)', **labels); ax.grid(alpha=.3)
+    return ax
+
 def plot_cost(
     points: dict[str, list[tuple]], # method -> runs, each (filter ratio, cost, test accuracy)
     ax: Optional[Axes]=None, # None: a new figure
 ) -> Axes:
     "Test accuracy against cost, with 95% intervals."
-    if ax is None: ax = plt.subplots(figsize=(7, 4), dpi=90, layout='constrained')[1]
-    for i, (method, runs) in enumerate(points.items()):
-        x, mean, half = _intervals(runs, 'cost')
-        ax.errorbar(x, 100*mean, 100*np.nan_to_num(half), fmt=_markers[i % len(_markers)] + ('-' if len(x) > 1 else ''), color=plt.get_cmap('tab20')(i % 20), ms=6, capsize=2, lw=1, label=method)
-    ax.set(xscale='log', xlabel='cost (learner forward passes over one sample)', ylabel='test accuracy (%)'); ax.grid(alpha=.3); ax.legend(fontsize=7, ncols=2 if len(points) > 6 else 1, loc='center left', bbox_to_anchor=(1, .5))
+    ax = _accuracy_axes(ax, xscale='log', xlabel='cost (learner forward passes over one sample)')
+    for i, (method, runs) in enumerate(points.items()): _error_bars(ax, i, method, runs, 'cost')
+    ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
 def plot_ratio(
     points: dict[str, list[tuple]], # method -> runs, each (filter ratio, cost, test accuracy)
     ax: Optional[Axes]=None, # None: a new figure
 ) -> Axes:
-    "Test accuracy against filter ratio, with 95% intervals; methods without one (standard training) as a line across."
-    if ax is None: ax = plt.subplots(figsize=(7, 4), dpi=90, layout='constrained')[1]
+    "Test accuracy against filter ratio, with 95% intervals; methods without one (standard training, a schedule) as a line across."
+    ax = _accuracy_axes(ax, xlabel='filter ratio')
     for i, (method, runs) in enumerate(points.items()):
-        color = plt.get_cmap('tab20')(i % 20)
-        if runs[0][0] in (None, 0.): ax.axhline(100*np.mean([r[2] for r in runs]), color=color, lw=1, ls='--', label=method); continue
-        x, mean, half = _intervals(runs, 'ratio')
-        ax.errorbar(x, 100*mean, 100*np.nan_to_num(half), fmt=_markers[i % len(_markers)] + '-', color=color, ms=6, capsize=2, lw=1, label=method)
-    ax.set(xlabel='filter ratio', ylabel='test accuracy (%)'); ax.grid(alpha=.3); ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
+        if runs[0][0] in (None, 0.): ax.axhline(100*np.mean([r[2] for r in runs]), color=plt.get_cmap('tab20')(i % 20), lw=1, ls='--', label=method)
+        else: _error_bars(ax, i, method, runs, 'ratio')
+    ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
 _markers = 'os^vD<>Pp*Xhd8H'
