@@ -35,7 +35,6 @@ def stripped(row):
 @pytest.mark.parametrize('methods, seeds, until', [
     ('standard,random', 2, 'a line of results'),
     ('saln,ucb', 1, 'a checkpoint'),      # in the middle of a run
-    ('el2n,jest', 1, 'a checkpoint'),     # with scores on disk
 ])
 def test_killed_and_resumed(tmp_path, methods, seeds, until):
     "`kill -9` keeps what is finished; the same command does the rest and gives what an unbroken one gives."
