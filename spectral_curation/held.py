@@ -6,8 +6,7 @@
 __all__ = ['HeldDL', 'hold_on_device']
 
 # %% ../nbs/06a_held.ipynb #c003
-import os, random
-from contextlib import nullcontext
+import random
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
