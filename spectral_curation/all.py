@@ -16,6 +16,7 @@ from .scores import *
 from .checkpoint import *
 from .diagnostics import *
 from .data import *
+from .held import *
 from .plot import *
 from .experiment import *
 
