@@ -197,7 +197,7 @@ def frozen_loader(
     idxs: Optional[list[int]]=None, # these samples only; None: all
 ) -> Iterator[DataLoader]:
     "The training set's loader in data set order, without shuffling or augmentation; random states are restored afterwards."
-    dl = dls.train
+    dl = vars(dls.train).get('dl', dls.train)   # fastai's DistributedDL reads one rank's part; the loader within it reads all
     if not isinstance(dl, DataLoader): raise TypeError(f"features are extracted from fastai's DataLoaders, got a {type(dl).__module__}.{type(dl).__name__}; wrap its data set: DataLoaders.from_dsets(ds, valid_ds)")
     idxs = list(range(len(dl.dataset))) if idxs is None else idxs
     with no_random(), getattr(dl.dataset, 'set_split_idx', lambda i: nullcontext())(1):
@@ -243,7 +243,7 @@ def _to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
         return host
     return wait
 
-# %% ../nbs/03_reference.ipynb #c023
+# %% ../nbs/03_reference.ipynb #c024
 class StaleFeatures(ValueError):
     "A feature file that must not be used; the message says why."
 
@@ -304,7 +304,7 @@ def load_features(
     if (list(features.shape), str(features.dtype)) != (side.get('shape'), side.get('dtype')): raise StaleFeatures('damaged (its shape is wrong)')
     return features
 
-# %% ../nbs/03_reference.ipynb #c025
+# %% ../nbs/03_reference.ipynb #c026
 @contextmanager
 def _all_or_none(world: int) -> Iterator[None]:
     "On several ranks: wait for all at the end of the block, and raise on every rank if one failed; `StaleFeatures` only if all that failed did so for that reason."
@@ -386,8 +386,12 @@ class Shards:
                     raise
 
     def merge(self) -> None:
-        "Stream the shards into the final file, and remove their folder."
-        save_features(self.path, (self.load(shard) for shard in self.all), self.meta['n'], self.meta, self.meta['dtype'])
+        "Stream the shards into the final file, and remove their folder. `StaleFeatures` where a shard is missing or no good."
+        def blocks():
+            for shard in self.all:
+                try: yield self.load(shard)
+                except StaleFeatures as e: raise StaleFeatures(f"{self.file(shard)} can not be merged: {e}") from e
+        save_features(self.path, blocks(), self.meta['n'], self.meta, self.meta['dtype'])
         self.remove()
 
     def remove(self) -> None:
@@ -399,7 +403,7 @@ def _rows(batches: Iterator[np.ndarray], n: int) -> Iterator[np.ndarray]:
         yield b
         n -= len(b)
 
-# %% ../nbs/03_reference.ipynb #c031
+# %% ../nbs/03_reference.ipynb #c032
 def _update(h, item) -> None:
     if isinstance(item, (str, Path)):
         p = Path(item)
@@ -439,7 +443,7 @@ def default_cache() -> Path:
     "Folder for feature files: `features` in fastai's own folder (`FASTAI_HOME`, or ~/.fastai)."
     return Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'features'
 
-# %% ../nbs/03_reference.ipynb #c033
+# %% ../nbs/03_reference.ipynb #c034
 def default_reference(
     dls: DataLoaders,
 ) -> str: # a reference's name
