@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['read_weights', 'head_name', 'load_weights', 'pretrained', 'arch_of_file', 'Pixels', 'Reference', 'frozen_loader',
-           'feature_batches', 'StaleFeatures', 'atomic_write', 'save_features', 'load_features', 'dataset_fingerprint',
-           'probe', 'default_cache', 'default_reference', 'reference_features', 'check_features']
+           'feature_batches', 'StaleFeatures', 'atomic_write', 'save_features', 'load_features', 'Shards',
+           'dataset_fingerprint', 'probe', 'default_cache', 'default_reference', 'reference_features', 'check_features']
 
 # %% ../nbs/03_reference.ipynb #c003
-import difflib, hashlib, json, math, os, re, secrets, struct
-from contextlib import contextmanager, nullcontext
+import difflib, hashlib, json, math, os, re, secrets, shutil, struct
+from collections import deque
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Iterator, Optional, Union
+from typing import Callable, Iterator, Optional, Union
 
-import numpy as np, torch, torchvision
+import numpy as np, torch, torchvision, torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastai.data.core import DataLoaders, TfmdDL
@@ -123,7 +125,7 @@ class Reference:
         size: Optional[int]=None, # side in pixels to which images are resized for the reference; None: as the loader gives them
     ):
         if size is not None and size < 1: raise ValueError(f"size is the side of the reference's images in pixels, at least 1; got {size}")
-        self.size = size
+        self.size, self._stats = size, None
         if isinstance(reference, nn.Module): self.model, self.name, self.expects = reference, type(reference).__name__, 'loader'
         elif not isinstance(reference, (str, Path)): raise TypeError(f"reference must be a model name, a path, 'pixels', an nn.Module or an array of features; got {type(reference).__name__}")
         elif str(reference) == 'pixels': self.model, self.name, self.expects = Pixels(), 'pixels', 'unit'
@@ -132,7 +134,7 @@ class Reference:
             self.name, self.expects = arch_of_file(reference) if is_file else str(reference), 'imagenet'
             model = load_weights(torchvision.models.get_model(self.name), reference) if is_file else pretrained(self.name)
             model.set_submodule(head_name(model), nn.Identity())
-            self.model = model
+            self.model = model.to(memory_format=torch.channels_last)   # ours, so its layout is ours to choose: a third faster or more
 
     def weights_hash(self) -> str:
         "16 hex digits of the SHA-256 of the model's structure and weights."
@@ -141,28 +143,40 @@ class Reference:
             h.update(name.encode()); h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return h.hexdigest()[:16]
 
-    def prepare(self,
+    def undo(self,
         x: Tensor, # [B, C, H, W] images as the loader gives them
         norm: Optional[Normalize]=None, # the loader's own normalization, if it has one
-    ) -> Tensor: # what the model expects
-        "Images from the loader -> the model's input: undo the loader's normalization, resize, apply the model's."
+    ) -> Tensor: # the same without that normalization, unless the model wants what the loader gives
+        "Images from the loader -> images as the reference counts them."
         x = x.as_subclass(Tensor)
-        if self.expects != 'loader':
-            if norm is not None: x = x*norm.std.to(x.device) + norm.mean.to(x.device)
-            lo, hi = float(x.min()), float(x.max())
-            if lo < -.01 or hi > 1.01: raise ValueError(f"{self.name} needs images with values from 0 to 1, or a fastai Normalize in the loader's batch transforms that it can undo; the loader gives values from {lo:.3g} to {hi:.3g}")
-        if self.size and x.shape[-2:] != (self.size, self.size): x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True)
-        if self.expects == 'imagenet':
-            mean, std = (torch.tensor(s, device=x.device, dtype=x.dtype)[:, None, None] for s in imagenet_stats)
-            x = (x - mean)/std
-        return x
+        return x if self.expects == 'loader' or norm is None else x*norm.std.to(x.device) + norm.mean.to(x.device)
+
+    def check_range(self,
+        lo: float, # smallest value of the images
+        hi: float, # largest
+    ) -> None:
+        "`ValueError` for images outside 0 to 1, where the model needs those."
+        if self.expects != 'loader' and (lo < -.01 or hi > 1.01): raise ValueError(f"{self.name} needs images with values from 0 to 1, or a fastai Normalize in the loader's batch transforms that it can undo; the loader gives values from {lo:.3g} to {hi:.3g}")
 
     @torch.no_grad()
-    def __call__(self, *xb: Tensor, norm: Optional[Normalize]=None) -> Tensor:
-        "Features [B, d] of a batch; feature maps [B, d, H, W] are averaged over space."
-        f = self.model(self.prepare(xb[0], norm), *xb[1:])
+    def features(self,
+        x: Tensor, # [B, C, H, W] images from `undo`
+        *rest: Tensor, # the model's further inputs, if it has any
+    ) -> Tensor: # [B, d]
+        "Resize, normalize, run the model; feature maps [B, d, H, W] are averaged over space. The range of values is not looked at."
+        if self.size and x.shape[-2:] != (self.size, self.size): x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True)
+        if self.expects == 'imagenet':
+            if self._stats is None or self._stats[0].device != x.device: self._stats = [torch.tensor(s, device=x.device)[:, None, None] for s in imagenet_stats]
+            x = ((x - self._stats[0])/self._stats[1]).contiguous(memory_format=torch.channels_last)
+        f = self.model(x, *rest)
         if not torch.is_tensor(f) or f.ndim not in (2, 4): raise ValueError(f"a reference model must return features [B, d] or [B, d, H, W]; {self.name} returned {list(f.shape) if torch.is_tensor(f) else type(f).__name__}")
         return f.mean((2, 3)) if f.ndim == 4 else f
+
+    def __call__(self, *xb: Tensor, norm: Optional[Normalize]=None) -> Tensor:
+        "Features [B, d] of a batch as the loader gives it."
+        x = self.undo(xb[0], norm)
+        self.check_range(float(x.min()), float(x.max()))
+        return self.features(x, *xb[1:])
 
     @contextmanager
     def frozen(self, device: torch.device) -> Iterator['Reference']:
@@ -183,7 +197,7 @@ def frozen_loader(
     idxs: Optional[list[int]]=None, # these samples only; None: all
 ) -> Iterator[DataLoader]:
     "The training set's loader in data set order, without shuffling or augmentation; random states are restored afterwards."
-    dl = dls.train
+    dl = vars(dls.train).get('dl', dls.train)   # fastai's DistributedDL reads one rank's part; the loader within it reads all
     if not isinstance(dl, DataLoader): raise TypeError(f"features are extracted from fastai's DataLoaders, got a {type(dl).__module__}.{type(dl).__name__}; wrap its data set: DataLoaders.from_dsets(ds, valid_ds)")
     idxs = list(range(len(dl.dataset))) if idxs is None else idxs
     with no_random(), getattr(dl.dataset, 'set_split_idx', lambda i: nullcontext())(1):
@@ -200,19 +214,36 @@ def feature_batches(
     progress: bool=True, # show a progress bar
 ) -> Iterator[np.ndarray]: # [<=bs, d] float32
     "Features of the training set, batch by batch, in data set order, in evaluation mode. Raises `ValueError` for NaN or infinity, with the sample's index."
-    device, done = torch.device(device or dls.device or 'cpu'), 0
+    device, done, waiting = torch.device(device or dls.device or 'cpu'), 0, deque()
+    def check(f, *limits):
+        nonlocal done
+        if limits: ref.check_range(*map(float, limits))
+        if not f.isfinite().all():
+            bad = done + int((~f.isfinite().all(1)).nonzero()[0])
+            raise ValueError(f"{ref.name} gives NaN or infinity for sample {bad if idxs is None else idxs[bad]} of the training set")
+        done += len(f)
+        return f.numpy()
     with frozen_loader(dls, bs, idxs) as dl, ref.frozen(device):
         norm = next((t for t in getattr(dl.after_batch, 'fs', ()) if isinstance(t, Normalize)), None)
         n_inp = getattr(dl, 'n_inp', 1)
         for b in progress_bar(dl, leave=False) if progress else dl:
             xb = to_device(tuple(b)[:n_inp] if isinstance(b, (tuple, list)) else (b,), device)
-            f = ref(*xb, norm=norm).float()
-            bad = (~f.isfinite().all(1)).nonzero().flatten().tolist()
-            if bad: raise ValueError(f"{ref.name} gives NaN or infinity for sample {done+bad[0]} of the training set")
-            done += len(f)
-            yield f.cpu().numpy()
+            x = ref.undo(xb[0], norm)
+            waiting.append(_to_host(ref.features(x, *xb[1:]).float(), *(() if ref.expects == 'loader' else x.aminmax())))
+            if device.type != 'cuda' or len(waiting) > 1: yield check(*waiting.popleft()())
+        while waiting: yield check(*waiting.popleft()())
 
-# %% ../nbs/03_reference.ipynb #c023
+def _to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    "Start copying to the CPU; the function returned waits for the copies. On CUDA the next batch is read and sent off meanwhile."
+    if tensors[0].device.type != 'cuda': return lambda: [t.cpu() for t in tensors]
+    host = [t.to('cpu', non_blocking=True) for t in tensors]
+    copied = torch.cuda.current_stream(tensors[0].device).record_event()
+    def wait():
+        copied.synchronize()
+        return host
+    return wait
+
+# %% ../nbs/03_reference.ipynb #c024
 class StaleFeatures(ValueError):
     "A feature file that must not be used; the message says why."
 
@@ -246,9 +277,9 @@ def save_features(
     with atomic_write(path) as tmp:
         for b in batches:
             if features is None: features = np.lib.format.open_memmap(tmp, mode='w+', dtype=dtype, shape=(n, b.shape[1]))
-            features[row:row+len(b)] = b
+            if row+len(b) <= n: features[row:row+len(b)] = b
             row += len(b)
-        if row != n: raise ValueError(f"the data set has {n} samples, but its loader gave {row}")
+        if row != n: raise ValueError(f"{n} samples were asked for, but the loader gave {row}")
         features.flush(); shape = list(features.shape); del features
         side = dict(meta, dtype=dtype, shape=shape, version=__version__, checksum=_sha256(tmp))
     with atomic_write(path.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(side, indent=1))
@@ -273,7 +304,106 @@ def load_features(
     if (list(features.shape), str(features.dtype)) != (side.get('shape'), side.get('dtype')): raise StaleFeatures('damaged (its shape is wrong)')
     return features
 
-# %% ../nbs/03_reference.ipynb #c025
+# %% ../nbs/03_reference.ipynb #c026
+@contextmanager
+def _all_or_none(world: int) -> Iterator[None]:
+    "On several ranks: wait for all at the end of the block, and raise on every rank if one failed; `StaleFeatures` only if all that failed did so for that reason."
+    error = None
+    try: yield
+    except Exception as e:
+        if world == 1: raise
+        error = e
+    if world == 1: return
+    said = [None]*world
+    dist.all_gather_object(said, error and (isinstance(error, StaleFeatures), f'{type(error).__name__}: {error}'))
+    failed = {r: e for r, e in enumerate(said) if e}
+    if not failed: return
+    stale = all(e[0] for e in failed.values())
+    if error is not None and stale == isinstance(error, StaleFeatures): raise error
+    raise (StaleFeatures if stale else RuntimeError)('features could not be extracted: ' + '; '.join(f'rank {r} failed with {e[1]}' for r, e in failed.items())) from error
+
+def _from_first(value, world: int):
+    "Rank 0's value, on all ranks."
+    values = [value]
+    if world > 1: dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+def _ranks() -> tuple[int, int]: # this process, how many
+    "Rank and number of processes under `torch.distributed`; (0, 1) without it."
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+class Shards:
+    "Features of `n` rows that are extracted shard by shard into `path`'s folder of parts, and merged."
+    def __init__(self,
+        path: Path, # the final .npy file
+        meta: dict, # what the features are; `n` is the number of rows, `dtype` their type
+        rows: int, # rows of a shard
+    ):
+        self.path, self.meta, self.folder = path, meta, path.with_suffix('.parts')
+        self.all = [(i, min(i+rows, meta['n'])) for i in range(0, meta['n'], rows)]
+
+    def file(self, shard: tuple[int, int]) -> Path:
+        "Where a shard is kept."
+        return self.folder/f'{shard[0]:07d}-{shard[1]:07d}.npy'
+
+    def describe(self, shard: tuple[int, int]) -> dict:
+        "What a shard is: the whole's description, and its rows."
+        return dict(self.meta, rows=list(shard))
+
+    def load(self,
+        shard: tuple[int, int], # first row, row after the last
+    ) -> np.ndarray: # [stop-start, d], memory-mapped
+        "A shard that is there, or `StaleFeatures`."
+        try: features = load_features(self.file(shard), self.describe(shard))
+        except FileNotFoundError as e: raise StaleFeatures('missing') from e   # removed this moment
+        if features.ndim != 2 or len(features) != shard[1]-shard[0]: raise StaleFeatures('damaged (its shape is wrong)')
+        return features
+
+    def missing(self) -> Optional[list[tuple[int, int]]]: # None where the final file is good
+        "The shards that must still be extracted; says what is there and what is no good, in a line each."
+        try: load_features(self.path, self.meta); self.remove(); return None
+        except StaleFeatures as e:
+            if str(e) != 'missing': print(f"{self.path.name} is rebuilt: {e}")
+        missing, why = [], []
+        for shard in self.all:
+            try: self.load(shard)
+            except StaleFeatures as e: missing.append(shard); why += [str(e)]*(str(e) != 'missing')
+        if why: print(f"{self.folder.name}: {len(why)} made again: {why[0]}")
+        if len(missing) < len(self.all): print(f"{self.folder.name}: going on, {len(self.all)-len(missing)} of {len(self.all)} already there")
+        return missing
+
+    def make(self,
+        shards: list[tuple[int, int]], # to extract, in ascending order
+        read: Callable[[list[int]], Iterator[np.ndarray]], # indices of samples -> their features, in batches
+    ) -> None:
+        "Extract shards in one pass over the data; each appears when it is whole."
+        with closing(read([i for shard in shards for i in range(*shard)])) as batches:
+            for shard in shards:
+                self.folder.mkdir(exist_ok=True)
+                try: save_features(self.file(shard), _rows(batches, shard[1]-shard[0]), shard[1]-shard[0], self.describe(shard), self.meta['dtype'])
+                except FileNotFoundError as e:
+                    if self.path.exists(): raise StaleFeatures('another process was done first, and took its shards away') from e
+                    raise
+
+    def merge(self) -> None:
+        "Stream the shards into the final file, and remove their folder. `StaleFeatures` where a shard is missing or no good."
+        def blocks():
+            for shard in self.all:
+                try: yield self.load(shard)
+                except StaleFeatures as e: raise StaleFeatures(f"{self.file(shard)} can not be merged: {e}") from e
+        save_features(self.path, blocks(), self.meta['n'], self.meta, self.meta['dtype'])
+        self.remove()
+
+    def remove(self) -> None:
+        "Remove the shards, and whatever a crash left among them."
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+def _rows(batches: Iterator[np.ndarray], n: int) -> Iterator[np.ndarray]:
+    while n > 0 and (b := next(batches, None)) is not None:
+        yield b
+        n -= len(b)
+
+# %% ../nbs/03_reference.ipynb #c032
 def _update(h, item) -> None:
     if isinstance(item, (str, Path)):
         p = Path(item)
@@ -313,7 +443,7 @@ def default_cache() -> Path:
     "Folder for feature files: `features` in fastai's own folder (`FASTAI_HOME`, or ~/.fastai)."
     return Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'features'
 
-# %% ../nbs/03_reference.ipynb #c027
+# %% ../nbs/03_reference.ipynb #c034
 def default_reference(
     dls: DataLoaders,
 ) -> str: # a reference's name
@@ -329,23 +459,60 @@ def reference_features(
     dtype: str='float32', # stored as float32 or float16
     device: Optional[torch.device]=None, # None: the loader's
     progress: bool=True, # show a progress bar
+    shard: int=1024, # rows that a crash can cost, rounded up to whole batches: about a minute of a ResNet-50 on a few CPU cores
 ) -> np.ndarray: # [N, d], row i belongs to sample i of the training set
-    "Features of the whole training set from a frozen reference (SALN, step 1), from the cache where it is valid. One reference never stands in for another."
+    """Features of the whole training set from a frozen reference (SALN, step 1), from the cache where it is valid. One reference never stands in for another.
+    An extraction that was cut off goes on where it was. Under `torch.distributed` call it on every rank: the ranks share the work where they share a cache and a data set (each does all of it with `cache=False`)."""
     n = len(dls.train.dataset)
     if isinstance(reference, (str, Path)) and str(reference).endswith('.npy'): reference = np.load(reference, mmap_mode='r', allow_pickle=False)
     if isinstance(reference, (np.ndarray, Tensor)): return check_features(reference, n)
     if dtype not in ('float32', 'float16'): raise ValueError(f"dtype must be float32 or float16, got {dtype!r}")
-    ref = Reference(default_reference(dls) if reference is None else reference, size)
-    batches = feature_batches(dls, ref, bs, device, progress=progress)
-    if cache is False: return check_features(np.concatenate([b.astype(dtype) for b in batches]), n)
-    meta = dict(reference=ref.name, weights=ref.weights_hash(), size=size, data=dataset_fingerprint(dls.train.dataset), n=n, dtype=dtype)
-    path = (default_cache() if cache is True else Path(cache).expanduser())/f"{ref.name}-{hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:12]}.npy"
-    meta['probe'] = probe(dls)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try: return load_features(path, meta)
-    except StaleFeatures as e:
-        if str(e) != 'missing': print(f"{path.name} is rebuilt: {e}")
-    return save_features(path, batches, n, meta, dtype)
+    if shard < 1: raise ValueError(f"shard is a number of rows, at least 1; got {shard}")
+    if cache is False:
+        batches = feature_batches(dls, _reference(dls, reference, size), bs, device, progress=progress)
+        return check_features(np.concatenate([b.astype(dtype) for b in batches]), n)
+    with _all_or_none(_ranks()[1]):
+        ref = _reference(dls, reference, size)
+        meta = dict(reference=ref.name, weights=ref.weights_hash(), size=size, data=dataset_fingerprint(dls.train.dataset), n=n, dtype=dtype)
+        path = (default_cache() if cache is True else Path(cache).expanduser())/f"{ref.name}-{hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:12]}.npy"
+        meta['probe'] = probe(dls)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return _extract(Shards(path, meta, math.ceil(shard/bs)*bs), partial(feature_batches, dls, ref, bs, device, progress=progress))
+
+def _reference(dls, reference, size) -> Reference: return Reference(default_reference(dls) if reference is None else reference, size)
+
+def _extract(shards: Shards, read: Callable[[list[int]], Iterator[np.ndarray]]) -> np.ndarray:
+    rank, world = _sharing(shards.path)
+    for last in (False, True):
+        with _all_or_none(world): todo = shards.missing() if rank == 0 else None
+        todo = _from_first(todo, world)
+        if todo is None: break
+        try:
+            with _all_or_none(world):
+                if mine := todo[rank::world]: shards.make(mine, read)
+            with _all_or_none(world):
+                if rank == 0: shards.merge()
+            break
+        except StaleFeatures:   # another process with the same work was done first: look again, once
+            if last: raise
+    return np.load(shards.path, mmap_mode='r', allow_pickle=False)
+
+def _sharing(path: Path) -> tuple[int, int]:
+    "Rank and number of the processes that share the work on `path`: all, or each for itself where they want different files. An error where they want the same and don't share the folder."
+    rank, world = _ranks()
+    if world == 1: return 0, 1
+    wanted = [None]*world
+    dist.all_gather_object(wanted, path.name)
+    if len(set(wanted)) > 1: return 0, 1
+    sign = path.with_name(_from_first(f'{path.name}.{secrets.token_hex(4)}.tmp', world))
+    with _all_or_none(world):
+        if rank == 0: sign.touch()
+    try:
+        with _all_or_none(world):
+            if not sign.exists(): raise FileNotFoundError(f"the ranks must share the folder for feature files, but rank {rank} does not see in {sign.parent} what rank 0 wrote there; pass a shared one as cache, or cache=False")
+    finally:
+        if rank == 0: sign.unlink(missing_ok=True)
+    return rank, world
 
 def check_features(
     features: Union[np.ndarray, Tensor], # [N, d]

@@ -2,10 +2,12 @@
 import json, multiprocessing, os, shutil, signal, struct, urllib.error, urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 
-import numpy as np, pytest, torch, torchvision
-from fastai.data.core import DataLoaders
+import numpy as np, pytest, torch, torchvision, torch.distributed as dist
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
+from fastai.distributed import DistributedDL
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -14,10 +16,15 @@ from spectral_curation.reference import *
 
 n, bs = 160, 16
 
-def digits_dls(num_workers=0):
-    images = torch.tensor(load_digits().images[:n]/16).float()[:, None].expand(-1, 3, -1, -1)
-    items = [(x, 0) for x in images]
-    return DataLoaders(DataLoader(items, bs=bs, shuffle=True, num_workers=num_workers), DataLoader(items[:bs], bs=bs))
+class Counted(list):
+    "A data set that knows which samples were read in this process."
+    def __init__(self, items): super().__init__(items); self.read = []
+    def __getitem__(self, i): self.read.append(i); return super().__getitem__(i)
+
+def digits_dls(num_workers=0, scale=16):
+    images = torch.tensor(load_digits().images[:n]/scale).float()[:, None].expand(-1, 3, -1, -1)
+    items = Counted((x, 0) for x in images)
+    return DataLoaders(DataLoader(items, bs=bs, shuffle=True, num_workers=num_workers), DataLoader(list(items)[:bs], bs=bs))
 
 class Net(nn.Module):
     "A small model with all that evaluation mode changes; `hook` is called before each batch."
@@ -31,7 +38,12 @@ class Net(nn.Module):
         if self.hook: self.hook()
         return self.layers(x)
 
-def features_of(cache, hook=None, **kwargs): return reference_features(digits_dls(**kwargs), Net(hook), cache=cache, bs=bs, progress=False)
+def features_of(cache, hook=None, shard=1024, **kwargs): return reference_features(digits_dls(**kwargs), Net(hook), cache=cache, bs=bs, progress=False, shard=shard)
+
+def features_and_reads(cache, hook=None, **kwargs):
+    "Features in shards of two batches, and which samples were read for them; the probe's come first."
+    features = reference_features(dls := digits_dls(**kwargs), Net(hook), cache=cache, bs=bs, progress=False, shard=2*bs)
+    return features, dls.train.dataset.read[16:]
 
 @pytest.fixture(scope='module')
 def expect(): return features_of(False)
@@ -101,21 +113,27 @@ def killed(cache, when):
     "Runs in another process, which ends itself in the middle of its work."
     def die(): os.kill(os.getpid(), signal.SIGKILL)
     calls = iter(range(99))
-    if when == 'reading': features_of(cache, lambda: next(calls) == 2 and die())
+    if when == 'reading': features_and_reads(cache, lambda: next(calls) == 5 and die())
     replace = os.replace
-    reference.os.replace = lambda *args: die() if next(calls) == ['npy', 'json'].index(when) else replace(*args)
+    reference.os.replace = lambda *args: die() if next(calls) == ['shard npy', 'shard json', 'npy', 'json'].index(when) else replace(*args)
     features_of(cache)
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
-@pytest.mark.parametrize('when', ['reading', 'npy', 'json'])
-def test_cache_survives_a_kill(tmp_path, expect, when):
+@pytest.mark.parametrize('when', ['reading', 'shard npy', 'shard json', 'npy', 'json'])
+def test_cache_survives_a_kill(tmp_path, expect, capsys, when):
     p = multiprocessing.get_context('spawn').Process(target=killed, args=(tmp_path, when))
     p.start(); p.join()
     assert p.exitcode == -signal.SIGKILL
-    assert any(tmp_path.glob('*.tmp'))      # it was at work
+    assert any(tmp_path.rglob('*.tmp'))     # it was at work
     assert not any(tmp_path.glob('*.json')) and len([*tmp_path.glob('*.npy')]) == (when == 'json')
+    assert len([*tmp_path.rglob('*.parts/*.json')]) == {'reading': 2, 'npy': 1, 'json': 1}.get(when, 0)
+    if when == 'reading':
+        features, read = features_and_reads(tmp_path)
+        assert read == [*range(4*bs, n)]    # nothing of the finished shards
+        assert 'going on, 2 of 5 already there' in capsys.readouterr().out
+        np.testing.assert_array_equal(features, expect)
     for _ in range(2): np.testing.assert_array_equal(features_of(tmp_path), expect)
-    assert len([*tmp_path.glob('*.npy')]) == len([*tmp_path.glob('*.json')]) == 1
+    assert len([*tmp_path.glob('*.npy')]) == len([*tmp_path.glob('*.json')]) == 1 and not any(tmp_path.glob('*.parts'))
 
 def share(b): global barrier; barrier = b
 def at_once(cache):
@@ -139,6 +157,52 @@ def test_another_writer_with_other_rounding_comes_between(tmp_path, monkeypatch)
     monkeypatch.setattr(reference.os, 'replace', replace_then_other)
     np.testing.assert_allclose(save_features(tmp_path/'f.npy', iter([x]), 8, {}), x, rtol=1e-6)
 
+def test_another_process_is_done_first(tmp_path, expect):
+    # it takes the folder of shards away while we write one
+    calls = iter(range(99))
+    features, _ = features_and_reads(tmp_path, lambda: next(calls) == 5 and features_and_reads(tmp_path))
+    np.testing.assert_array_equal(features, expect)
+    assert len([*tmp_path.iterdir()]) == 2
+
+# Shards, when they are not what they were
+
+def stopped(cache, **kwargs):
+    "Two shards and a half, and then an error; the folder of shards."
+    calls = iter(range(99))
+    def fail():
+        if next(calls) == 5: raise RuntimeError('stop')
+    with pytest.raises(RuntimeError, match='stop'): features_and_reads(cache, fail, **kwargs)
+    return next(cache.glob('*.parts'))
+
+def test_missing_file_of_the_data_set_is_no_race(tmp_path):
+    def fail(): raise FileNotFoundError('image.png')
+    with pytest.raises(FileNotFoundError, match='image.png'): features_of(tmp_path, fail)
+
+def test_shards_of_other_images_are_not_used(tmp_path, capsys):
+    folder = stopped(tmp_path)
+    (folder/'0000000-0000032.npy.1-ab.tmp').write_bytes(b'half')
+    features, read = features_and_reads(tmp_path, scale=32)
+    assert read == [*range(n)] and '2 made again: the images that the loader gives have changed' in capsys.readouterr().out
+    np.testing.assert_array_equal(features, features_and_reads(False, scale=32)[0])
+    assert not folder.exists()
+
+def test_shard_size_may_change_between_runs(tmp_path, expect):
+    stopped(tmp_path)
+    np.testing.assert_array_equal(features_of(tmp_path, shard=3), expect)
+    assert len([*tmp_path.iterdir()]) == 2
+
+def test_shards_hold_whole_batches(tmp_path, expect):
+    sizes = []
+    model = Net(); model.register_forward_pre_hook(lambda m, x: sizes.append(len(x[0])))
+    features = reference_features(digits_dls(), model, cache=tmp_path, bs=48, progress=False, shard=50)
+    assert sizes == [48, 48, 48, 16]
+    np.testing.assert_allclose(features, expect, atol=1e-6)
+
+def test_nan_is_named_by_its_place_in_the_data_set():
+    images = digits_dls(); images.train.dataset[70][0][0, 0, 0] = float('nan')
+    with pytest.raises(ValueError, match='sample 70 of the training set'):
+        list(feature_batches(images, Reference(Net()), bs, idxs=[*range(64, n)], progress=False))
+
 # The cache, when its files are not what they were
 
 def cut(npy, js): npy.write_bytes(npy.read_bytes()[:-7])
@@ -157,6 +221,14 @@ def test_damage_is_repaired_and_named(tmp_path, expect, capsys, damage):
     assert f'{npy.name} is rebuilt: ' in capsys.readouterr().out
     features_of(tmp_path)
     assert not capsys.readouterr().out
+
+@pytest.mark.parametrize('damage', [cut, empty, flip, gone, no_object, null_checksum, no_shape])
+def test_damaged_shard_is_made_again(tmp_path, expect, capsys, damage):
+    npy = stopped(tmp_path)/'0000032-0000064.npy'
+    damage(npy, npy.with_suffix('.json'))
+    features, read = features_and_reads(tmp_path)
+    assert read == [*range(2*bs, n)] and '.parts: 1 made again: ' in capsys.readouterr().out
+    np.testing.assert_array_equal(features, expect)
 
 def test_description_of_another_file(tmp_path, expect, capsys):
     features_of(tmp_path); npy = next(tmp_path.glob('Net-*.npy'))
@@ -200,6 +272,67 @@ def test_loader_that_gives_too_little_or_too_much(tmp_path):
     for rows in (3, 5):
         with pytest.raises(ValueError): save_features(tmp_path/'f.npy', iter([np.ones((rows, 2))]), 4, {})
         assert not any(tmp_path.iterdir())
+
+# Several ranks
+
+@pytest.fixture(scope='module')
+def pair():
+    "Run a function in two processes that form a group; what it returned or raised on each."
+    with ProcessPoolExecutor(2, multiprocessing.get_context('spawn')) as pool:
+        def run(f, folder, *args):
+            futures = [pool.submit(in_group, rank, f, folder, *args) for rank in range(2)]
+            return [o.exception(120) or o.result() for o in futures]
+        yield run
+
+def in_group(rank, f, folder, *args):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try: return f(rank, folder, *args)
+    finally: dist.destroy_process_group()
+
+def shared_out(rank, folder, who_fails=None):
+    calls = iter(range(99))
+    def fail():
+        if rank == who_fails and next(calls) == 3: raise RuntimeError('out of memory')
+    features, read = features_and_reads(folder/'cache', fail)
+    return isinstance(features, np.memmap), np.array(features), read
+
+def test_ranks_share_the_work(tmp_path, pair, expect):
+    got = pair(shared_out, tmp_path)
+    for mapped, features, _ in got:
+        assert mapped
+        np.testing.assert_array_equal(features, expect)
+    reads = [read for *_, read in got]
+    assert reads[1] == [*range(2*bs, 4*bs), *range(6*bs, 8*bs)] and sorted(sum(reads, [])) == [*range(n)]
+    assert len([*(tmp_path/'cache').iterdir()]) == 2
+
+@pytest.mark.parametrize('bad', [0, 1])
+def test_error_on_one_rank_is_an_error_on_all(tmp_path, pair, expect, bad):
+    got = pair(shared_out, tmp_path, bad)
+    assert str(got[bad]) == 'out of memory' and f'rank {bad} failed with RuntimeError: out of memory' in str(got[1-bad])
+    (tmp_path/'again').mkdir(); shutil.move(tmp_path/'cache', tmp_path/'again'/'cache')
+    got = pair(shared_out, tmp_path/'again')    # the failed rank had finished one shard
+    for _, features, _ in got: np.testing.assert_array_equal(features, expect)
+    done = {0: 3, 1: 4}[bad]     # of five: the other rank's, and one
+    assert len(sum((read for *_, read in got), [])) == n - 2*bs*done
+
+def apart(rank, folder): return features_and_reads(folder/f'{rank}')
+def test_ranks_without_a_common_folder(tmp_path, pair):
+    for e in pair(apart, tmp_path): assert isinstance(e, (FileNotFoundError, RuntimeError)) and 'the ranks must share the folder' in str(e)
+
+def own_data(rank, folder):
+    dls = digits_dls()
+    if rank: dls.train.dataset.append(dls.train.dataset[0]); dls.train.n += 1
+    return len(reference_features(dls, Net(), cache=folder/'cache', bs=bs, progress=False))
+def test_ranks_with_data_of_their_own_work_alone(tmp_path, pair): assert pair(own_data, tmp_path) == [n, n+1]
+
+def test_distributed_loader_is_read_whole(expect):
+    dls = digits_dls()
+    dls.loaders[0] = DistributedDL(TfmdDL(dls.train.dataset, bs=bs, shuffle=True, num_workers=0), rank=1, world_size=2)
+    np.testing.assert_array_equal(reference_features(dls, Net(), cache=False, bs=bs, progress=False), expect)
+
+def in_memory(rank, folder): return np.array(features_and_reads(False)[0])
+def test_ranks_without_a_cache_each_do_all(tmp_path, pair, expect):
+    for features in pair(in_memory, tmp_path): np.testing.assert_array_equal(features, expect)
 
 # Any model
 
