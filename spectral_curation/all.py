@@ -10,6 +10,7 @@ from .spectral import *
 from .joint import *
 from .pruning import *
 from .reference import *
+from .loader import *
 from .callback import *
 from .epoch import *
 from .scores import *

@@ -457,6 +457,8 @@ def run_all(
     (out/'runs').mkdir(parents=True, exist_ok=True)
     done = {r['key']: r for r in read_rows(out/'results.jsonl')}
     left = [c for c in configs if c.key not in done]
+    for c in configs:
+        if c.key in done: (out/'runs'/f'{c.key}.pt').unlink(missing_ok=True)     # killed between its line and its end
     bar = progress_bar(range(sum(c.epochs for c in left)), leave=False) if progress and left else None
     if bar: bar.update(0)
     epochs = 0
