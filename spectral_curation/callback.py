@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .spectral import check_filter_ratio, n_keep, fiedler_vector, select_by_vector, which_kinds, laplacian_kinds
 from .joint import random_select, top_loss_select, rho_select, selective_backprop_select, jest_select, class_pair_losses
-from .reference import reference_features, check_features, pretrained, load_weights, head_name
+from .reference import forget_pages, reference_features, check_features, pretrained, load_weights, head_name
 from .loader import IndexWatch, candidates, cut
 
 # %% ../nbs/04_callback.ipynb #c007
@@ -336,6 +336,7 @@ class SALN(IndexSelector):
 
     def select_many(self, idxs: Tensor, k: int, generators: list) -> Tensor:
         vectors = fiedler_vector(self.batch_features(idxs.flatten()).view(*idxs.shape, -1), self.laplacian, self.graph, self.n_neighbors)
+        forget_pages(self._features)
         self._vectors += list(vectors)
         if self.which != 'stratified': return select_by_vector(vectors, k, self.which)
         return torch.stack([select_by_vector(v, k, self.which, g) for v, g in zip(vectors, generators)])
