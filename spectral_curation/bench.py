@@ -61,11 +61,11 @@ def comparison(
     seconds: dict[str, list[float]], # as `side_by_side` gives them
     base: str, # the case that the others are compared with
     **columns # name -> {case: value}, further columns
-) -> list[dict]: # one row a case: median, least and most seconds; median, least and most of base/case within a round
+) -> list[dict]: # one row a case: median, least and most seconds; median, least and most of base/case within a round (where both ran as often)
     "What was measured, as rows of a table."
     rows = []
     for name, s in seconds.items():
-        ratio = np.array(seconds[base])/np.array(s)
+        ratio = np.array(seconds[base] if len(s) == len(seconds[base]) else np.median(seconds[base]))/np.array(s)
         rows.append(dict(case=name, seconds=float(np.median(s)), least=min(s), most=max(s), speedup=float(np.median(ratio)), speedup_least=float(ratio.min()), speedup_most=float(ratio.max()), rounds=len(s),
                          **{c: values.get(name) for c, values in columns.items()}))
     return rows
@@ -124,9 +124,10 @@ def bench_fiedler(
         if n > listing_up_to: del cases['listing']
         kept = {name: set(np.asarray(f()).tolist()) for name, f in cases.items() if n <= 2048}       # also warms up
         many = max(1, min(20, 10_000//n)) if rounds > 1 else 1
-        times = side_by_side(cases, rounds*many if n < 4096 else min(rounds, 3), progress)
+        slow = {name: cases.pop(name) for name in ('listing', 'dense') if n >= 4096 and name in cases}     # minutes each: once
+        times = side_by_side(slow, 1, progress) | side_by_side(cases, rounds*many, progress)
         same = {name: kept[name] == kept['ours'] for name in kept}
-        rows += [dict(n=n, d=d, **r) for r in comparison(times, 'listing' if 'listing' in cases else 'ours', same_kept=same)]
+        rows += [dict(n=n, d=d, **r) for r in comparison(times, 'listing' if 'listing' in times else 'ours', same_kept=same)]
     x = relu_features(64, min(128, max(sizes)), d)
     times = side_by_side({'one by one': lambda: [fiedler_select(b) for b in x], 'at once': lambda: fiedler_select(x), 'listing': lambda: [paper_listing(b.numpy(), n_keep(x.shape[1], .8)) for b in x]}, rounds, progress)
     return rows + [dict(n=x.shape[1], d=d, batches=64, **r) for r in comparison(times, 'listing')]

@@ -15,7 +15,9 @@ from fastcore.meta import delegates
 
 from .spectral import n_keep
 from .pruning import History, n_kept, keep_highest, random_keep, epsilon_greedy_keep, ucb_keep, infobatch_keep
+from .reference import _all_or_none
 from .loader import IndexWatch, cut
+from .distributed import gathered
 from .callback import Selector, batch_generator, sample_losses, take_rows
 
 # %% ../nbs/04a_epoch.ipynb #c006
@@ -39,30 +41,40 @@ class EpochSelector(Selector):
         raise ValueError(f"{type(self).__name__} has no `choose`, so it can't remove a share of {self.filter_ratio}; subclass it, or use filter_ratio=0")
 
     def watch_loader(self) -> IndexWatch:
+        IndexWatch.check(self.dl)
         self.offered, self.reads = self.epoch_size(), None
         if not self.filter_ratio: return super().watch_loader()
         self.generator, n = batch_generator(self.seed, self.epochs_begun, -1), len(self.dl.dataset)
-        chosen = self.choose(n)
+        with _all_or_none(self.world_size, 'no samples could be chosen'): chosen = self.choose(n)
         if chosen is None: return super().watch_loader()
         self.reads = torch.zeros(n, dtype=torch.bool)
         self.reads[chosen] = True
-        return IndexWatch(self.dl, self.plan) if self.before_decode else super().watch_loader()
+        return IndexWatch(self.dl, self.plan) if self.before_decode or self.world_size > 1 else super().watch_loader()
 
     def plan(self, draw: Callable) -> list[list[int]]:
         "The batches to read, from the loader's order."
-        dl, reads = self.dl, self.reads.tolist()
-        if not self.super_batch: return [[i for i in b if reads[i]] for b in cut(draw(), dl.bs, dl.drop_last)]
-        return whole_batches([i for i in draw() if reads[i]], dl.bs)
+        dl, reads, order = self.dl, self.reads.tolist(), self.whole_order(draw)
+        if self.super_batch: return whole_batches(self.share([i for i in order if reads[i]]), dl.bs)
+        steps = cut(order, dl.bs*self.world_size, dl.drop_last)
+        batches = [self.share([i for i in b if reads[i]]) for b in steps]
+        return batches if self.before_decode else [kept + self.share([i for i in b if not reads[i]]) for kept, b in zip(batches, steps)]
+
+    def whole_order(self, draw: Callable) -> list[int]:
+        "The loader's order; where several processes train together that of all, to be shared out after the choice: a part of each share would leave them with unequal numbers."
+        return draw() if self.world_size == 1 else draw(self.dl.whole_order)
+    def share(self, order: list[int]) -> list[int]: return order if self.world_size == 1 else self.dl.share(order)
 
     def epoch_size(self) -> int:
         "Samples that a whole epoch reads."
-        return len(self.dl)*self.dl.bs if self.dl.drop_last else self.dl.n
+        return len(self.dl)*self.dl.bs if self.dl.drop_last else getattr(self.dl, 'partial_n', None) or self.dl.n     # fastai's `PartialDL` reads partial_n
 
     def before_batch(self):
         super().before_batch()
         if self.reads is not None and not self.before_decode:
             n, self.positions = len(self.idx), self.reads[self.idx].nonzero().flatten()
-            if not len(self.positions): raise CancelBatchException('nothing of this batch is chosen')
+            if not len(self.positions):
+                self.learn.yb = ()          # the Recorder counts it as no batch
+                raise CancelBatchException('nothing of this batch is chosen')
             if len(self.positions) < n: self.learn.xb, self.learn.yb = take_rows(self.xb, self.positions, n), take_rows(self.yb, self.positions, n)
         self.trained += len(self.positions)
         self.scored += len(self.positions) * self.scores_samples
@@ -75,9 +87,9 @@ def whole_batches(
 ) -> list[list[int]]: # batches
     "`cut`, but a last batch of one sample is left out where there are others: batch normalization can't train on it."
     batches = cut(order, bs)
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 < bs else batches
 
-# %% ../nbs/04a_epoch.ipynb #c010
+# %% ../nbs/04a_epoch.ipynb #c012
 class _HistorySelector(EpochSelector):
     "Base of the selectors that remember the losses of the training pass."
     alpha = 1.
@@ -95,7 +107,8 @@ class _HistorySelector(EpochSelector):
     def after_train(self):
         super().after_train()
         if self.filter_ratio and self._scores:
-            with self.clock(): self.history.update(torch.cat([i for i, _ in self._scores]), torch.cat([s.float() for _, s in self._scores]))
+            idx, scores = torch.cat([i for i, _ in self._scores]), torch.cat([s.float() for _, s in self._scores])
+            with self.clock(): self.history.update(*(gathered(idx, scores) if self.world_size > 1 else (idx, scores)))
             self._scores = []
 
     def __getstate__(self): return dict(super().__getstate__(), history=None, _scores=[])
@@ -122,6 +135,11 @@ class DynamicPruning(_HistorySelector):
         self.policy, self.every, self.score, self.epsilon, self.c, self.alpha = policy, every, score, epsilon, c, alpha
         self.scores_samples, self.kept_set = policy != 'random', None
 
+    def prepare(self) -> None:
+        history = vars(self).get('history')
+        super().prepare()
+        if self.history is not history: self.kept_set = None    # of another data set
+
     def choose(self, n: int) -> Tensor:
         if self.kept_set is None or self.epochs_begun % self.every == 0:
             k, g = n_kept(n, self.filter_ratio), self.generator
@@ -140,7 +158,7 @@ class DynamicPruning(_HistorySelector):
         super().load_state_dict(state)
         self.kept_set = state['kept_set']
 
-# %% ../nbs/04a_epoch.ipynb #c017
+# %% ../nbs/04a_epoch.ipynb #c019
 class InfoBatch(_HistorySelector):
     "InfoBatch (arXiv 2303.04947): drop samples of low loss at random, scale up the gradients of those that stay."
     scores_samples = True
@@ -173,7 +191,7 @@ class InfoBatch(_HistorySelector):
 
     def __getstate__(self): return dict(super().__getstate__(), weights=None)
 
-# %% ../nbs/04a_epoch.ipynb #c023
+# %% ../nbs/04a_epoch.ipynb #c025
 class StaticPruning(EpochSelector):
     "Train on the same floor(qN) samples in every epoch: those of highest score, or a random part."
     stays_home = 'scores',
@@ -192,7 +210,7 @@ class StaticPruning(EpochSelector):
         scores = torch.zeros(n) if self.scores is None else torch.as_tensor(self.scores)
         return keep_highest(scores, n_kept(n, self.filter_ratio), batch_generator(self.seed, 0, -1))
 
-# %% ../nbs/04a_epoch.ipynb #c026
+# %% ../nbs/04a_epoch.ipynb #c028
 class StandardShort(EpochSelector):
     "Standard training that ends when a share 1 - filter_ratio of its cost is spent: the control that the papers lack."
     def __init__(self,
@@ -205,14 +223,16 @@ class StandardShort(EpochSelector):
         self.step, self.left = step, []
 
     def watch_loader(self) -> IndexWatch:
+        IndexWatch.check(self.dl)
         self.offered, self.reads = self.epoch_size(), None
         if not self.filter_ratio: return IndexWatch(self.dl)
         whole, last = divmod(self.offered, self.dl.bs)
         total = whole*n_keep(self.dl.bs, self.filter_ratio) + (n_keep(last, self.filter_ratio) if last else 0)
         def stream(draw):
-            while len(self.left) < total: self.left += draw()
-            head, self.left = self.left[:total], self.left[total:]
-            return head
+            all_ranks = total*self.world_size
+            while len(self.left) < all_ranks: self.left += self.whole_order(draw)
+            head, self.left = self.left[:all_ranks], self.left[all_ranks:]
+            return self.share(head)
         return IndexWatch(self.dl, lambda draw: whole_batches(stream(draw), self.step or n_keep(self.dl.bs, self.filter_ratio)))
 
     def state_dict(self) -> dict: return super().state_dict() | dict(left=list(self.left))
