@@ -9,11 +9,13 @@ __all__ = ['laplacian_kinds', 'solvers', 'iterative_from', 'which_kinds', 'check
 
 # %% ../nbs/00_spectral.ipynb #c003
 import math
-from typing import Callable, Optional
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional
 
 import numpy as np, scipy.linalg, torch
 from torch import Tensor
 import torch.nn.functional as F
+from threadpoolctl import ThreadpoolController
 
 # %% ../nbs/00_spectral.ipynb #c006
 def check_filter_ratio(
@@ -49,7 +51,7 @@ def _check_features(features: Tensor) -> Tensor:
     return features
 
 def _unit_rows(features: Tensor) -> Tensor:
-    f = _check_features(features).detach().to(_float_type(features.device))
+    f = features.detach().to(_float_type(features.device))
     tiny = torch.finfo(f.dtype).tiny
     if f.dtype == features.dtype:       # squares must neither overflow nor vanish; a power of two changes no digit
         f = f * 2.**-f.abs().amax(-1, keepdim=True).clamp_min(tiny).frexp().exponent.to(f.dtype)
@@ -59,7 +61,7 @@ def cosine_affinity(
     features: Tensor, # [B, d] or [n, B, d], any float dtype, finite
 ) -> Tensor: # [B, B] or [n, B, B], float64, from -1 to 1
     "Cosine similarity of every pair of rows (SALN, step 2); rows of zeros are similar to nothing."
-    f = _unit_rows(features)
+    f = _unit_rows(_check_features(features))
     return f @ f.mT
 
 # %% ../nbs/00_spectral.ipynb #c016
@@ -110,14 +112,18 @@ def _anchored(space: Tensor, w: Optional[Tensor]=None) -> Tensor:
     "Project the most exposed axis onto an eigenspace [..., B, m], then divide by `w`; unit length."
     exposure = space.square().sum(-1)
     anchor = (exposure >= exposure.amax(-1, keepdim=True)*(1-1e-6)).int().argmax(-1)
-    v = (space @ space.gather(-2, anchor[..., None, None].expand(*anchor.shape, 1, space.shape[-1])).mT).squeeze(-1)
-    return F.normalize(v if w is None else v/w, dim=-1)
+    if space.shape[-1] == 1: v = space[..., 0] * space[..., 0].gather(-1, anchor[..., None]).sign()
+    else: v = F.normalize((space @ space.gather(-2, anchor[..., None, None].expand(*anchor.shape, 1, space.shape[-1])).mT).squeeze(-1), dim=-1)
+    return v if w is None else F.normalize(v/w, dim=-1)
 
 def _two_lowest(l: Tensor) -> tuple[Tensor, Tensor]:
     "LAPACK's `syevr` for the lowest eigenpairs of each matrix: on a CPU 2 to 3 times as fast as torch's batched `eigh`, which computes all."
-    pairs = [scipy.linalg.eigh(m, subset_by_index=[0, 1], driver='evr', check_finite=False) for m in l.flatten(0, -3).numpy()]
-    values, vectors = (torch.stack([torch.from_numpy(p[i]) for p in pairs]) for i in range(2))
-    return values.view(*l.shape[:-2], 2), vectors.view(*l.shape[:-1], 2)
+    values, vectors = l.new_empty(*l.shape[:-2], 2), l.new_empty(*l.shape[:-1], 2)
+    for i, m in enumerate(l.numpy()):
+        w, z, found, _, info = scipy.linalg.lapack.dsyevr(m.T, range='I', il=1, iu=2, lower=1)
+        if info or found != 2: return torch.linalg.eigh(l)
+        values[i], vectors[i] = torch.from_numpy(w[:2]), torch.from_numpy(z)
+    return values, vectors
 
 def fiedler_from_affinity(
     affinity: Tensor, # [B, B] or [n, B, B], symmetric
@@ -138,14 +144,15 @@ def _dense_fiedler(s: Tensor, laplacian: str) -> Tensor:
     undo = w if laplacian == 'random_walk' else None
     if l.device.type == 'cpu' and l.shape[-1] > 3:
         values, vectors = _two_lowest(l if l.ndim > 2 else l[None])
-        if (values[..., 1:] - values[..., :1] > rounding).all(): return _anchored(vectors[..., :1].view(*l.shape[:-1], 1), undo)
+        if (values[..., 1:2] - values[..., :1] > rounding).all(): return _anchored(vectors[..., :1].view(*l.shape[:-1], 1), undo)
     values, vectors = torch.linalg.eigh(l)
     values, vectors = values[..., :-1], vectors[..., :-1]  # the last one is the trivial vector
     return _anchored(vectors * (values - values[..., :1] <= rounding)[..., None, :], undo)
 
 def _graph(features: Tensor, graph: str, n_neighbors: int) -> Tensor:
     if graph not in ('full', 'knn'): raise ValueError(f"graph must be 'full' or 'knn', got {graph!r}")
-    s = cosine_affinity(features)
+    f = _unit_rows(features)
+    s = f @ f.mT
     return s if graph == 'full' else knn_affinity(s, n_neighbors)
 
 def _iterative_fiedler(f: Tensor, laplacian: str) -> Optional[Tensor]:
@@ -154,37 +161,42 @@ def _iterative_fiedler(f: Tensor, laplacian: str) -> Optional[Tensor]:
     if laplacian == 'unnormalized': w, g, diagonal = torch.ones_like(deg), f, deg
     elif float(deg.min()) > 1e-6*n: w = deg.sqrt(); g, diagonal = f/w[:, None], torch.ones_like(deg)
     else: return None           # isolated samples, or degrees that are no degrees
-    trivial = F.normalize(w, dim=0)
-    found = _davidson(lambda x: diagonal*x - g @ (g.T @ x), diagonal - 1/w**2, trivial, float(diagonal.max()))
+    trivial, on_cpu = F.normalize(w, dim=0), f.device.type == 'cpu'
+    arrays = g, diagonal, diagonal - 1/w**2, trivial
+    found = _davidson(*([a.numpy() for a in arrays] if on_cpu else arrays), np if on_cpu else torch)      # numpy calls small operations with less ado
     if found is None: return None
     value, gap, v = found
+    v = torch.as_tensor(v)
     if not any(_is_lowest(g, diagonal, torch.stack([trivial, v], 1), value, share*gap, dtype) for share, dtype in ((1/2, torch.float32), (1/64, torch.float64))): return None
     return _anchored(v[:, None], w if laplacian == 'random_walk' else None)
 
-def _davidson(product: Callable, diagonal: Tensor, trivial: Tensor, scale: float, steps: int=200) -> Optional[tuple[float, float, Tensor]]:
-    "Lowest eigenvalue of a symmetric matrix on the complement of `trivial`, the gap to the next Ritz value, and the eigenvector (Davidson 1975, with Olsen's correction). None if it is not found in `steps` products."
-    n = len(trivial)
+def _davidson(g, diagonal, preconditioner, trivial, xp, steps: int=200) -> Optional[tuple]:
+    "Lowest eigenvalue of `diag(diagonal) - g g'` on the complement of `trivial`, the gap to the next Ritz value, and the eigenvector (Davidson 1975, with Olsen's correction). Arrays are numpy's or torch's: `xp`. None if it is not found in `steps` products."
+    n, scale, like = len(trivial), float(diagonal.max()), dict(dtype=trivial.dtype, device=trivial.device)
     steps = min(steps, n//2)
-    basis, images, h = trivial.new_empty(steps+1, n), trivial.new_empty(steps, n), trivial.new_zeros(steps, steps)
+    basis, images, h = xp.empty((steps+1, n), **like), xp.empty((steps, n), **like), xp.zeros((steps, steps), **like)
     basis[0] = trivial
-    new, k = F.one_hot(diagonal.argsort(stable=True)[:4], n).to(trivial.dtype), 0   # the loosest samples come first
+    new, k = xp.zeros((4, n), **like), 0
+    new[range(4), preconditioner.argsort(stable=True)[:4]] = 1      # the loosest samples come first
     while k + len(new) <= steps:
         for t in new:
-            for _ in range(2): t = t/t.norm(); t = t - basis[:k+1].T @ (basis[:k+1] @ t)
-            if not t.norm() > .5: return None       # nothing new: an invariant subspace, and what lies outside of it is not seen
-            basis[k+1] = t = t/t.norm()
-            images[k] = product(t)
+            for _ in range(2): t = t/(t @ t)**.5; t = t - basis[:k+1].T @ (basis[:k+1] @ t)
+            size = (t @ t)**.5
+            if not size > .5: return None       # nothing new: an invariant subspace, and what lies outside of it is not seen
+            basis[k+1] = t = t/size
+            images[k] = diagonal*t - g @ (g.T @ t)
             h[:k+1, k] = h[k, :k+1] = basis[1:k+2] @ images[k]
             k += 1
-        ritz, y = torch.linalg.eigh(h[:k, :k])
+        ritz, y = xp.linalg.eigh(h[:k, :k])
         v = basis[1:k+1].T @ y[:, 0]
         r = images[:k].T @ y[:, 0] - ritz[0]*v
         r = r - trivial*(trivial @ r)
-        value, gap, residual = torch.stack([ritz[0], ritz[1]-ritz[0], r.norm()]).tolist()
+        value, gap, residual = float(ritz[0]), float(ritz[1]-ritz[0]), float(r @ r)**.5
         if residual <= max(1e-11*gap, 4e-15*scale): return (value, gap, v) if gap > 1e-8*scale else None
-        m = diagonal - value
-        m = torch.where(m.abs() < 1e-3*gap, 1e-3*gap, m)
-        new = (r/m - v/m*((v @ (r/m))/(v @ (v/m))))[None]
+        m = preconditioner - value
+        m = xp.where(abs(m) < 1e-3*gap, 1e-3*gap, m)
+        a, b = r/m, v/m
+        new = (a - b*((v @ a)/(v @ b)))[None]
     return None
 
 def _is_lowest(g: Tensor, diagonal: Tensor, known: Tensor, value: float, margin: float, dtype: torch.dtype) -> bool:
@@ -203,6 +215,18 @@ def _is_lowest(g: Tensor, diagonal: Tensor, known: Tensor, value: float, margin:
     for sign, x in ((-1., a), (1., p)): rest = syrk(sign, x.numpy().T, beta=1., c=rest, overwrite_c=True) if len(x) else rest     # one triangle is enough
     return potrf(rest, overwrite_a=True, clean=False)[1] == 0
 
+_blas = ThreadpoolController().select(internal_api='openblas')       # scipy's and numpy's
+
+@contextmanager
+def _one_thread(features: Tensor) -> Iterator[None]:
+    "One thread for this block on a CPU. torch and scipy have a pool each, and one waits in the other's way: on two cores a batch of 128 takes 2.8 ms with one thread and 16 ms with two each."
+    if not torch.is_tensor(features) or features.device.type != 'cpu': yield; return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _blas.limit(limits=1): yield
+    finally: torch.set_num_threads(threads)
+
 solvers = 'auto', 'dense', 'iterative'
 iterative_from = 320     # samples in a batch; measured: see below
 
@@ -214,9 +238,13 @@ def fiedler_vector(
     solver: str='auto', # auto: by size; dense; or iterative, which falls back on dense where it is not certain of its answer
 ) -> Tensor: # [B] or [n, B], unit length, float64
     "Fiedler vector of the cosine-similarity graph of each batch (SALN, steps 2 to 5)."
+    with _one_thread(features): return _fiedler_vector(features, laplacian, graph, n_neighbors, solver)
+
+def _fiedler_vector(features: Tensor, laplacian: str, graph: str, n_neighbors: int, solver: str='auto') -> Tensor:
     if solver not in solvers: raise ValueError(f"solver must be one of {', '.join(solvers)}; got {solver!r}")
     if laplacian not in laplacian_kinds: raise ValueError(f"laplacian must be one of {', '.join(laplacian_kinds)}; got {laplacian!r}")
-    if graph == 'full' and features.ndim > 1 and solver != 'dense' and features.shape[-2] >= (9 if solver == 'iterative' else iterative_from):
+    _check_features(features)
+    if graph == 'full' and solver != 'dense' and features.shape[-2] >= (9 if solver == 'iterative' else iterative_from):
         f = _unit_rows(features)
         vs = [_iterative_fiedler(x, laplacian) for x in (f if f.ndim == 3 else f[None])]
         if all(v is not None for v in vs): return torch.stack(vs) if f.ndim == 3 else vs[0]
@@ -277,4 +305,4 @@ def fiedler_select(
 ) -> Tensor: # [n_keep] or [n, n_keep] positions, int64, on the features' device, in descending order of score
     "SALN's choice (arXiv 2412.17069): the positions of the samples that stay when a share `filter_ratio` of each batch is removed."
     k = n_keep(features.shape[-2] if features.ndim > 1 else 1, filter_ratio)
-    return select_by_vector(fiedler_vector(features, laplacian, graph, n_neighbors), k, which, generator)
+    with _one_thread(features): return select_by_vector(_fiedler_vector(features, laplacian, graph, n_neighbors), k, which, generator)
