@@ -195,6 +195,7 @@ def bench_epoch(
     filter_ratio: float=.8, # share removed
     ratios: tuple[float, ...]=(.5, .9), # further filter ratios, for SALN before decode with super-batches
     held: bool=True, # also with data held on the device
+    only: Optional[list[str]]=None, # these cases beside standard training; None: all
     weights=None, # initial weights of the learner
     rounds: int=3, # epochs of each
     progress: bool=True, # show a progress bar
@@ -213,6 +214,10 @@ def bench_epoch(
                  'saln, before decode, super-batch': saln(super_batch=True), 'random by epoch': DynamicPruning('random', filter_ratio),
                  'jest': JEST(filter_ratio, nothing), 'jest, super-batch': JEST(filter_ratio, nothing, super_batch=True), f'jest at {size//2} px, super-batch': JEST(filter_ratio, nothing, super_batch=True, score_size=size//2)}
     selectors |= {f'saln {r}, before decode, super-batch': saln(r, super_batch=True) for r in ratios}
+    if only is not None:
+        unknown = [name for name in only if name not in selectors]
+        if unknown: raise ValueError(f"cases are {'; '.join(selectors)}; got {unknown[0]!r}")
+        selectors, held = {name: s for name, s in selectors.items() if name == 'standard' or name in only}, False
     cases = {name: _epoch(dls, s, weights, mixed) for name, s in selectors.items()}
     if held:
         on_device = hold_on_device(dls, progress=progress)
@@ -373,6 +378,7 @@ def bench_parser() -> argparse.ArgumentParser:
     o('--device', metavar='D', help='where to compute (default: as fastai)')
     o('--rounds', type=int, default=5, metavar='N', help='times that each case is run, in turn (default: 5)')
     o('--no_held', action='store_true', help='epoch: leave out data held on the device')
+    o('--only', action='append', metavar='CASE', help='epoch: this case beside standard training, and no others (can be given several times)')
     o('--tiny', action='store_true', help='tiny sizes, for a test of correctness')
     o('--folder', type=Path, metavar='FOLDER', help='for large temporary files (default: the system\'s)')
     o('--out', type=Path, default=Path('bench'), metavar='FOLDER', help='folder for one JSON file a table (default: bench)')
@@ -400,7 +406,7 @@ def curate_bench(
             if not (tmp/'digits').exists(): digit_files(tmp/'digits', 120 if a.tiny else 1797)
             return cifar10_dls(tmp/'digits', **kwargs)
         run = dict(fiedler=partial(bench_fiedler, (16, 48), 8, 1) if a.tiny else partial(bench_fiedler, rounds=a.rounds),
-                   epoch=partial(bench_epoch, make_dls, a.reference, weights=a.weights, rounds=a.rounds, held=not a.no_held, **dict(filter_ratio=.5, ratios=()) if a.tiny else {}),
+                   epoch=partial(bench_epoch, make_dls, a.reference, weights=a.weights, rounds=a.rounds, held=not a.no_held, only=a.only, **dict(filter_ratio=.5, ratios=()) if a.tiny else {}),
                    extraction=partial(bench_extraction, make_dls, a.reference, rounds=a.rounds),
                    loading=partial(bench_loading, make_dls, a.rounds),
                    scale=partial(bench_scale, tmp, (512, 1024), 16, 64, 1, 32) if a.tiny else partial(bench_scale, tmp, rounds=min(3, a.rounds)))

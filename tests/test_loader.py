@@ -1,7 +1,6 @@
 "What is chosen before it is read is what would have been chosen in the batch, and nothing else is read: loaders, workers, files, interruptions."
 import ctypes
 import gc
-import multiprocessing
 import pickle
 import sys
 from operator import itemgetter
@@ -401,14 +400,30 @@ def test_what_is_refused():
     assert RandomSubset(.5, 3).seed == 3      # as it always was: seed comes second
 
 
-def test_spawned_workers(monkeypatch):
+spawned = """
+import json, multiprocessing, torch
+from fastai.basics import *
+from spectral_curation.callback import GSTDS, RandomSubset
+
+if __name__ == '__main__':
+    multiprocessing.set_start_method('spawn')
+    dl = DataLoader([(torch.full((2,), float(i)), i % 2) for i in range(40)], bs=10, shuffle=True, num_workers=1)
+    learn = Learner(DataLoaders(dl, DataLoader(dl.dataset, bs=40)), nn.Linear(2, 2), nn.CrossEntropyLoss(), lr=1e-6, cbs=RandomSubset(.5))
+    class Same(Callback):
+        order, run_valid, steps = 5, False, 0
+        def before_batch(self): assert self.learn.random_subset.kept_idx.tolist() == self.x[:, 0].long().tolist(); self.steps += 1
+    same = Same()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=same)
+    learn.remove_cb(RandomSubset)
+    learn.add_cb(GSTDS(features=torch.rand(40, 2)))
+    try: learn.fit(1)
+    except ValueError as e: print(json.dumps([same.steps, str(e)]))
+"""
+
+def test_spawned_workers(fresh):
     "They read a plan of even batches. They would not know of others, which is said before."
-    monkeypatch.setattr(multiprocessing.context.DefaultContext, 'get_start_method', lambda self, allow_none=False: 'spawn')
-    monkeypatch.setattr(multiprocessing, 'get_start_method', lambda allow_none=False: 'spawn')
-    monkeypatch.setattr(multiprocessing, 'Process', multiprocessing.get_context('spawn').Process)
-    learn = learner([RandomSubset(.5), Kept()], bs=50, num_workers=1, drop_last=True)
-    assert [len(b) for b in quiet(learn, 'fit', 1).kept.epochs[0]] == [25, 25]
-    with pytest.raises(ValueError, match='batches of changing size.* use num_workers=0'): run(GSTDS(features=x), num_workers=1)
+    steps, error = fresh(spawned)
+    assert steps == 4 and 'batches of changing size' in error and 'use num_workers=0' in error
 
 
 class Many:
