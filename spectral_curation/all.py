@@ -11,6 +11,7 @@ from .joint import *
 from .pruning import *
 from .reference import *
 from .loader import *
+from .distributed import *
 from .callback import *
 from .epoch import *
 from .scores import *

@@ -35,6 +35,7 @@ from .spectral import check_filter_ratio, n_keep, fiedler_vector, select_by_vect
 from .joint import random_select, top_loss_select, rho_select, selective_backprop_select, jest_select, class_pair_losses
 from .reference import reference_features, check_features, pretrained, load_weights, head_name
 from .loader import IndexWatch, candidates, cut
+from .distributed import GroupDL, ShardedDL, check_same, training_share
 
 # %% ../nbs/04_callback.ipynb #c007
 def take_rows(
@@ -56,9 +57,10 @@ def batch_generator(
     seed: int, # the run's seed
     epoch: int, # training epochs begun before this one
     batch: int, # number of the batch in the epoch
+    rank: int=0, # of the process, where several train together
 ) -> torch.Generator: # on the CPU
-    "A generator that depends on nothing but its three arguments."
-    digest = hashlib.sha256(f'{seed},{epoch},{batch}'.encode()).digest()
+    "A generator that depends on nothing but its arguments."
+    digest = hashlib.sha256((f'{seed},{epoch},{batch}' + (f',{rank}' if rank else '')).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
 
 class Selector(Callback):
@@ -68,6 +70,7 @@ class Selector(Callback):
     scoring_cost = 0                # learner forward passes that looking at one sample costs
     columns = 'kept', 'scored', 'trained', 'cost'
     stays_home = ()                 # attributes that are too large to be exported with a learner
+    rank, world_size = 0, 1         # of the processes that train together
 
     def __init__(self,
         filter_ratio: float=0.8, # share of the samples that is removed, 0 <= filter_ratio < 1
@@ -111,8 +114,14 @@ class Selector(Callback):
     def before_train(self):
         self.stop_watching()
         self._reset_accounts()
+        dl = self.learn.dl = training_share(self.learn.dl)
+        self.rank, self.world_size = (dl.rank, dl.world_size) if isinstance(dl, ShardedDL) else (0, 1)
+        if self.world_size > 1: check_same(selector=type(self).__name__, filter_ratio=self.filter_ratio, seed=self.seed, samples=dl.n, bs=dl.bs, epochs_begun=self.epochs_begun)
         with self.clock(): self.watch = self.watch_loader()
         self.epochs_begun += 1
+
+    def before_validate(self):
+        if hasattr(self.learn, 'distributed_trainer'): self.learn.dl = GroupDL(self.learn.dl)
 
     def watch_loader(self) -> IndexWatch:
         "The watch over this epoch's indices."
@@ -211,7 +220,7 @@ class BatchSelector(Selector):
         self.offered, self.trained = self.offered + n, self.trained + k
         if k == n: return
         with self.clock():
-            self.generator = batch_generator(self.seed, self.epochs_begun-1, self.iter)
+            self.generator = batch_generator(self.seed, self.epochs_begun-1, self.iter, self.rank)
             self.scored += n * self.scores_samples
             self.positions = self._checked(self.select(self.idx, k), n, k)
             self.learn.xb, self.learn.yb = take_rows(self.xb, self.positions, n), take_rows(self.yb, self.positions, n)
@@ -253,7 +262,7 @@ class IndexSelector(BatchSelector):
             while stop < len(self.offered_now) and stop-start < self.chunk(n) and (len(self.offered_now[stop][0]), self.offered_now[stop][1]) == (n, self.current_ratio): stop += 1
             k, idxs = n_keep(n, self.current_ratio), torch.tensor([self.offered_now[i][0] for i in range(start, stop)])
             if k == n: self.choices += self.keep_all(idxs)
-            else: self.choices += list(self.select_many(idxs, k, [batch_generator(self.seed, self.epochs_begun, i) for i in range(start, stop)]).cpu())
+            else: self.choices += list(self.select_many(idxs, k, [batch_generator(self.seed, self.epochs_begun, i, self.rank) for i in range(start, stop)]).cpu())
             start = stop
         return [torch.tensor(idxs)[keep].tolist() for (idxs, _), keep in zip(self.offered_now, self.choices)]
 

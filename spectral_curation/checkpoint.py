@@ -12,9 +12,11 @@ from typing import Union
 
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.torch_core import get_model
 from fastcore.foundation import L
 
-from .reference import atomic_write
+from .reference import atomic_write, _all_or_none, _from_first
+from .distributed import DistributedDL, from_all, ranks_of
 
 # %% ../nbs/04c_checkpoint.ipynb #c005
 def _random_state(dl) -> dict:
@@ -44,19 +46,29 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.done, self.state = 0, None
-        if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder') or not self.path.exists(): return
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f"{self.path} can not be read as a checkpoint ({str(e).splitlines()[0]}); remove it to start again") from e
-        callbacks = self._with_state()
-        for what, here, there in (('n_epoch', self.n_epoch, state.get('n_epoch')), ('callbacks', sorted(callbacks), sorted(state.get('callbacks', ())))):
-            if here != there: raise ValueError(f"{self.path} is from another training: its {what} is {there}, here it is {here}; remove it to start again, or give another path")
+        if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
+        rank, world = ranks_of(self.learn)
+        with _all_or_none(world, 'can not go on from a checkpoint'): state = self._read(world) if rank == 0 and self.path.exists() else None
+        state = _from_first(state, world)
+        if state is None: return
         self.state, self.done = state, state['done']
-        self.learn.model.load_state_dict(state['model'])
+        get_model(self.learn.model).load_state_dict(state['model'])
         opt = state['opt']
         self.opt.load_state_dict(opt | dict(hypers=L(opt['hypers'])) if 'hypers' in opt else opt)
         if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
-        for name, cb in callbacks.items(): cb.load_state_dict(state['callbacks'][name])
-        _set_random_state(state['random'], self.dls.train)
+        own = state['ranks'][rank]
+        for name, cb in self._with_state().items(): cb.load_state_dict(own['callbacks'][name])
+        _set_random_state(own['random'], self._train_dl())
+
+    def _read(self, world):
+        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
+        except Exception as e: raise ValueError(f"{self.path} can not be read as a checkpoint ({str(e).splitlines()[0]}); remove it to start again") from e
+        ranks = state.get('ranks', ())
+        for what, here, there in (('n_epoch', self.n_epoch, state.get('n_epoch')), ('number of processes', world, len(ranks)), ('callbacks', sorted(self._with_state()), sorted(ranks[0]['callbacks']) if ranks else [])):
+            if here != there: raise ValueError(f"{self.path} is from another training: its {what} is {there}, here it is {here}; remove it to start again, or give another path")
+        return state
+
+    def _train_dl(self): return self.dls.train.dl if isinstance(self.dls.train, DistributedDL) else self.dls.train
 
     def _with_state(self) -> dict: return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict')}    # an instance would ask the learner's model
 
@@ -80,8 +92,11 @@ class Checkpoint(Callback):
             if self.done == self.n_epoch and self.epoch == self.done-1: self._restore_recorder()
             return
         r = self.learn.recorder
-        state = dict(n_epoch=self.n_epoch, done=self.epoch+1, model=self.learn.model.state_dict(), opt=self.opt.state_dict(),
-                     scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None, callbacks={name: cb.state_dict() for name, cb in self._with_state().items()},
-                     random=_random_state(self.dls.train), train_iter=self.train_iter, values=r.values, lrs=r.lrs, iters=r.iters, losses=[float(x) for x in r.losses],
+        rank, world = ranks_of(self.learn)
+        own = dict(callbacks={name: cb.state_dict() for name, cb in self._with_state().items()}, random=_random_state(self._train_dl()))
+        state = dict(n_epoch=self.n_epoch, done=self.epoch+1, model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(),
+                     scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None, ranks=from_all(own, world), train_iter=self.train_iter, values=r.values, lrs=r.lrs, iters=r.iters, losses=[float(x) for x in r.losses],
                      smooth=(r.smooth_loss.count, r.smooth_loss.val))
-        with atomic_write(self.path) as tmp: torch.save(_plain(state), tmp)
+        with _all_or_none(world, 'the checkpoint could not be written'):
+            if rank == 0:
+                with atomic_write(self.path) as tmp: torch.save(_plain(state), tmp)

@@ -15,7 +15,9 @@ from fastcore.meta import delegates
 
 from .spectral import n_keep
 from .pruning import History, n_kept, keep_highest, random_keep, epsilon_greedy_keep, ucb_keep, infobatch_keep
+from .reference import _all_or_none
 from .loader import IndexWatch, cut
+from .distributed import gathered
 from .callback import Selector, batch_generator, sample_losses, take_rows
 
 # %% ../nbs/04a_epoch.ipynb #c006
@@ -42,17 +44,24 @@ class EpochSelector(Selector):
         self.offered, self.reads = self.epoch_size(), None
         if not self.filter_ratio: return super().watch_loader()
         self.generator, n = batch_generator(self.seed, self.epochs_begun, -1), len(self.dl.dataset)
-        chosen = self.choose(n)
+        with _all_or_none(self.world_size, 'no samples could be chosen'): chosen = self.choose(n)
         if chosen is None: return super().watch_loader()
         self.reads = torch.zeros(n, dtype=torch.bool)
         self.reads[chosen] = True
-        return IndexWatch(self.dl, self.plan) if self.before_decode else super().watch_loader()
+        return IndexWatch(self.dl, self.plan) if self.before_decode or self.world_size > 1 else super().watch_loader()
 
     def plan(self, draw: Callable) -> list[list[int]]:
         "The batches to read, from the loader's order."
-        dl, reads = self.dl, self.reads.tolist()
-        if not self.super_batch: return [[i for i in b if reads[i]] for b in cut(draw(), dl.bs, dl.drop_last)]
-        return whole_batches([i for i in draw() if reads[i]], dl.bs)
+        dl, reads, order = self.dl, self.reads.tolist(), self.whole_order(draw)
+        if self.super_batch: return whole_batches(self.share([i for i in order if reads[i]]), dl.bs)
+        steps = cut(order, dl.bs*self.world_size, dl.drop_last)
+        batches = [self.share([i for i in b if reads[i]]) for b in steps]
+        return batches if self.before_decode else [kept + self.share([i for i in b if not reads[i]]) for kept, b in zip(batches, steps)]
+
+    def whole_order(self, draw: Callable) -> list[int]:
+        "The loader's order; where several processes train together that of all, to be shared out after the choice: a part of each share would leave them with unequal numbers."
+        return draw() if self.world_size == 1 else self.dl.whole_order()
+    def share(self, order: list[int]) -> list[int]: return order if self.world_size == 1 else self.dl.share(order)
 
     def epoch_size(self) -> int:
         "Samples that a whole epoch reads."
@@ -95,7 +104,8 @@ class _HistorySelector(EpochSelector):
     def after_train(self):
         super().after_train()
         if self.filter_ratio and self._scores:
-            with self.clock(): self.history.update(torch.cat([i for i, _ in self._scores]), torch.cat([s.float() for _, s in self._scores]))
+            idx, scores = torch.cat([i for i, _ in self._scores]), torch.cat([s.float() for _, s in self._scores])
+            with self.clock(): self.history.update(*(gathered(idx, scores) if self.world_size > 1 else (idx, scores)))
             self._scores = []
 
     def __getstate__(self): return dict(super().__getstate__(), history=None, _scores=[])
@@ -210,9 +220,10 @@ class StandardShort(EpochSelector):
         whole, last = divmod(self.offered, self.dl.bs)
         total = whole*n_keep(self.dl.bs, self.filter_ratio) + (n_keep(last, self.filter_ratio) if last else 0)
         def stream(draw):
-            while len(self.left) < total: self.left += draw()
-            head, self.left = self.left[:total], self.left[total:]
-            return head
+            all_ranks = total*self.world_size
+            while len(self.left) < all_ranks: self.left += self.whole_order(draw)
+            head, self.left = self.left[:all_ranks], self.left[all_ranks:]
+            return self.share(head)
         return IndexWatch(self.dl, lambda draw: whole_batches(stream(draw), self.step or n_keep(self.dl.bs, self.filter_ratio)))
 
     def state_dict(self) -> dict: return super().state_dict() | dict(left=list(self.left))

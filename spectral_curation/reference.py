@@ -306,7 +306,7 @@ def load_features(
 
 # %% ../nbs/03_reference.ipynb #c026
 @contextmanager
-def _all_or_none(world: int) -> Iterator[None]:
+def _all_or_none(world: int, what: str='features could not be extracted') -> Iterator[None]:
     "On several ranks: wait for all at the end of the block, and raise on every rank if one failed; `StaleFeatures` only if all that failed did so for that reason."
     error = None
     try: yield
@@ -320,7 +320,7 @@ def _all_or_none(world: int) -> Iterator[None]:
     if not failed: return
     stale = all(e[0] for e in failed.values())
     if error is not None and stale == isinstance(error, StaleFeatures): raise error
-    raise (StaleFeatures if stale else RuntimeError)('features could not be extracted: ' + '; '.join(f'rank {r} failed with {e[1]}' for r, e in failed.items())) from error
+    raise (StaleFeatures if stale else RuntimeError)(f'{what}: ' + '; '.join(f'rank {r} failed with {e[1]}' for r, e in failed.items())) from error
 
 def _from_first(value, world: int):
     "Rank 0's value, on all ranks."
