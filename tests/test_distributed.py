@@ -123,3 +123,88 @@ def test_worker_processes_change_nothing(pair, name):
 
 @pytest.mark.parametrize('name', ['standard', 'random', 'saln_super', 'gstds', 'ucb', 'ucb_by_batch', 'infobatch', 'short'])
 def test_short_last_batch_dropped(pair, name): check(pair(train, name, drop_last=True), twice=name == 'short')
+
+
+def test_random_choices_differ_between_ranks(pair):
+    "One seed, but not the same positions on both."
+    kept, read = pair(train, 'random_in_batch', n=64), pair(train, 'standard', n=64)
+    places = [[batch.index(i) for i in step] for one, all_ in zip(kept, read) for step, batch in zip(one['kept'][0], all_['kept'][0])]
+    assert len({tuple(p) for p in places}) == len(places) == 4
+
+
+@pytest.mark.parametrize('name', ['standard', 'ucb', 'static', 'short'])
+def test_two_ranks_together_do_what_one_process_does_with_batches_twice_as_large(pair, name):
+    "The same samples in each step, the same weights but for rounding; 320 samples, of which 128 stay, leave no remainder."
+    learn, kept = learner(selectors[name](), 0, bs=2*bs, n=320), Kept()
+    fit(learn, kept)
+    both = pair(train, name, n=320)
+    for alone, *ranks in zip(kept.steps, *(o['kept'] for o in both)):
+        assert [sorted(b) for b in alone] == [sorted(chain(*shares)) for shares in zip(*ranks)]
+    for p, q in zip(learn.model.parameters(), both[0]['parameters']): torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-5)
+
+
+def shared_features(rank, folder):
+    dls = digits_dls(bs=16, n_train=200)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), CrossEntropyLossFlat(), lr=.01, cbs=SALN(.8, cache=folder))
+    with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, epochs=1)
+    return weights(learn), torch.tensor(learn.saln._features)
+def test_features_are_extracted_together(pair, tmp_path):
+    (one, a), (other, b) = pair(shared_features, tmp_path)
+    assert one == other and torch.equal(a, b) and len([*tmp_path.glob('*.npy')]) == 1
+
+
+def validated(rank):
+    learn = learner(RandomSubset(.5), rank)
+    with learn.distrib_ctx(sync_bn=False, cpu=True):
+        fit(learn)
+        with learn.no_bar(): (preds, targets), (loss, *_) = learn.get_preds(), learn.validate()
+    logits = learn.model(digits[-51:])
+    return preds.tolist(), logits.softmax(1).tolist(), targets.tolist(), loss, float(nn.functional.cross_entropy(logits, classes[-51:]))
+def test_validation_is_complete(pair):
+    for preds, expect, targets, loss, expect_loss in pair(validated):       # fastai's order is that of the batches of all ranks, and its loss counts the repeated sample
+        torch.testing.assert_close(torch.tensor(sorted(preds)), torch.tensor(sorted(expect)), rtol=1e-4, atol=1e-6)
+        assert sorted(targets) == sorted(classes[-51:].tolist()) and loss == pytest.approx(expect_loss, rel=.05)
+
+
+def refused(rank, make, *args):
+    learn = learner(globals()[make](rank, *args), rank)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn)
+def other_ratio(rank): return DynamicPruning('ucb', .5 + .2*rank)
+def other_seed(rank): return InfoBatch(.5, seed=rank)
+class Fails(StaticPruning):
+    def choose(self, n): raise OSError('no scores on this machine')
+def fails_on(rank, bad): return Fails(None, .5) if rank == bad else type('Fails', (StaticPruning,), {})(None, .5)
+
+@pytest.mark.parametrize('make, what', [('other_ratio', 'filter_ratio is 0.5 on rank 0 and 0.7 on rank 1'), ('other_seed', 'seed is 0 on rank 0 and 1 on rank 1')])
+def test_ranks_that_would_choose_differently(pair, make, what):
+    for e in pair(refused, make): assert isinstance(e, ValueError) and what in str(e)
+
+@pytest.mark.parametrize('bad', [0, 1])
+def test_error_on_one_rank_is_an_error_on_all(pair, bad):
+    got = pair(refused, 'fails_on', bad)
+    assert 'no scores on this machine' in str(got[bad]) and f'rank {bad} failed with OSError: no scores on this machine' in str(got[1-bad])
+
+
+class Stop(Callback):
+    order = 70
+    def before_epoch(self):
+        if self.epoch == 2: raise KeyboardInterrupt
+class Noise(Callback):
+    def before_batch(self):
+        if self.training: self.learn.xb = (self.x + .1*torch.randn_like(self.x),)
+
+def saved(rank, name, path, how):
+    learn, kept = learner(selectors[name](), rank + 10*(how == 'go on')), Kept()
+    cbs = [kept, Noise()] + [Checkpoint(path)]*(how != 'whole') + [Stop()]*(how == 'stop')
+    with learn.distrib_ctx(sync_bn=False, cpu=True):
+        try: fit(learn, *cbs, epochs=4)
+        except KeyboardInterrupt: return
+    return kept.steps, weights(learn)
+
+@pytest.mark.parametrize('name', ['saln', 'jest', 'ucb', 'short'])
+def test_stopped_and_continued(pair, tmp_path, name):
+    whole = pair(saved, name, tmp_path/'run.pt', 'whole')
+    assert pair(saved, name, tmp_path/'run.pt', 'stop') == [None, None]
+    for (kept, end), (then, continued) in zip(whole, pair(saved, name, tmp_path/'run.pt', 'go on')): assert continued == end and then == kept[2:]
+    learn = learner(selectors[name]())
+    with pytest.raises(ValueError, match='number of processes is 2, here it is 1'): fit(learn, Checkpoint(tmp_path/'run.pt'), epochs=4)
