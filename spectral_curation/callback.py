@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['take_rows', 'batch_generator', 'Selector', 'BatchSelector', 'IndexSelector', 'RandomSubset', 'SALN', 'GSTDS',
-           'sample_losses', 'LossSelector', 'TopLoss', 'SelectiveBackprop', 'ReferenceLossSelector', 'RHO', 'JEST',
-           'curated_learner']
+           'sample_losses', 'forward_flops', 'LossSelector', 'TopLoss', 'SelectiveBackprop', 'ReferenceLossSelector',
+           'RHO', 'JEST', 'curated_learner']
 
 # %% ../nbs/04_callback.ipynb #c003
 import hashlib, time
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Callable, Optional, Union
 
 import numpy as np, torch, torchvision
+import torch.nn.functional as F
 import fastai.callback.progress, fastai.callback.schedule  # a Learner's progress table, fine_tune and lr_find
 from torch import Tensor, nn
 from fastai.callback.core import Callback
@@ -30,6 +31,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import params, to_float
 from fastcore.foundation import L
 from fastcore.meta import delegates
+from torch.utils.flop_counter import FlopCounterMode
 
 from .spectral import check_filter_ratio, n_keep, fiedler_vector, select_by_vector, which_kinds, laplacian_kinds
 from .joint import random_select, top_loss_select, rho_select, selective_backprop_select, jest_select, class_pair_losses
@@ -154,7 +156,7 @@ class Selector(Callback):
     @property
     def cost(self) -> float:
         "Cost of this epoch so far, in learner forward passes over one sample."
-        return self.scoring_cost*self.scored + 3*self.trained
+        return (self.scoring_cost or 0)*self.scored + 3*self.trained
 
     def __getstate__(self):
         state = {k: v for k, v in super().__getstate__().items() if k not in ('watch', 'generator', 'idx', 'positions', '_before_fit')}
@@ -402,7 +404,7 @@ class GSTDS(SALN):
         "Share of all samples of this training that were trained on."
         return self.all_trained/max(1, self.all_offered)
 
-# %% ../nbs/04_callback.ipynb #c036
+# %% ../nbs/04_callback.ipynb #c040
 def sample_losses(
     loss_func: Callable, # a learner's: with an attribute or an argument `reduction`, as torch's and fastai's losses have; MixUp's and CutMix's, too
     pred: Tensor, # [B, ...] outputs of the model
@@ -426,19 +428,53 @@ def sample_losses(
     if not loss.ndim or loss.numel() % len(pred): raise TypeError(f"{getattr(inner, '__name__', type(inner).__name__)} with reduction='none' must return one loss a sample for {len(pred)} samples, got shape {list(loss.shape)}")
     return loss.as_subclass(Tensor).reshape(len(pred), -1).mean(1)
 
+def forward_flops(
+    model: nn.Module, # in any mode; its buffers stay as they are
+    *xb: Tensor, # one batch
+) -> int: # floating-point operations in matrix products and convolutions
+    "FLOPs of one forward pass over `xb`, counted by torch."
+    with _evaluating(model), FlopCounterMode(display=False) as counter: model(*xb)
+    return counter.get_total_flops()
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    "In evaluation mode and without gradients; afterwards as it was."
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m, training in modes: m.training = training
+
 class LossSelector(BatchSelector):
     "Base of the selectors that look at the learner's losses on the whole batch first."
-    scoring_cost = 1
+    stays_home = 'scorer',
+    def __init__(self,
+        filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
+        seed: int=0, # of the selector's own randomness
+        super_batch: bool=False, # draw so many candidates that as many are kept as the loader's batch size says
+        scorer: Optional[nn.Module]=None, # a smaller model whose outputs are looked at instead (trained beforehand, as in airbench); None: the learner's own
+        score_size: Optional[int]=None, # side in pixels to which images are shrunk for scoring (as in Flexi-JEST); None: as they are
+    ):
+        super().__init__(filter_ratio, seed, super_batch)
+        if score_size is not None and score_size < 1: raise ValueError(f"score_size is the side in pixels of the images that are scored, at least 1; got {score_size}")
+        self.scorer, self.score_size = scorer, score_size
+        self.scoring_cost = 1 if scorer is None and score_size is None else None    # counted at the first batch
+
+    def scoring_inputs(self) -> tuple: # of tensors, the first one maybe smaller images
+        "The batch as it is scored."
+        x, *rest = self.xb
+        if self.score_size is None: return (x, *rest)
+        if x.ndim != 4: raise ValueError(f"score_size shrinks images [B, C, H, W]; this batch has inputs of shape {list(x.shape)}")
+        return (F.interpolate(x.as_subclass(Tensor), (self.score_size, self.score_size), mode='area'), *rest)
 
     def outputs(self) -> Tensor: # [B, ...] float32
-        "What the learner says to the batch: without gradients, in evaluation mode, in the precision of training."
-        modes = [(m, m.training) for m in self.learn.model.modules()]
+        "What the learner (or the `scorer`) says to the batch: without gradients, in evaluation mode, in the precision of training."
+        model, xb = self.scorer or self.learn.model, self.scoring_inputs()
+        if self.scorer is not None: self.scorer.to(xb[0].device)
+        if self.scoring_cost is None: self.scoring_cost = forward_flops(model, *(x[:1] for x in xb))/forward_flops(self.learn.model, *(x[:1] for x in self.xb))
         precision = getattr(self.learn, 'mixed_precision', None)
-        self.learn.model.eval()
-        try:
-            with torch.no_grad(), precision.autocast if precision else nullcontext(): return to_float(self.learn.model(*self.xb))
-        finally:
-            for m, training in modes: m.training = training
+        with _evaluating(model), precision.autocast if precision else nullcontext(): return to_float(model(*xb))
 
     def losses(self,
         outputs: Optional[Tensor]=None, # [B, ...]; None: `self.outputs()`
@@ -453,15 +489,15 @@ class TopLoss(LossSelector):
 
 class SelectiveBackprop(LossSelector):
     "Selective backprop (arXiv 1910.00762): samples are drawn by the percentile of their loss. Outside of `start` to `end`, and in every `interrupt`-th batch, nothing is removed."
+    @delegates(LossSelector.__init__)
     def __init__(self,
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
         start: float=0., # share of training after which selection begins (0.5 in the library that made this option known)
         end: float=1., # share of training after which it ends (0.9 there)
         interrupt: int=0, # every so many batches one is left whole; 0: none
-        seed: int=0,
-        super_batch: bool=False, # draw so many candidates that as many are kept as the loader's batch size says
+        **kwargs
     ):
-        super().__init__(filter_ratio, seed, super_batch)
+        super().__init__(filter_ratio, **kwargs)
         if not 0 <= start < end <= 1: raise ValueError(f"start and end are shares of training with 0 <= start < end <= 1; got {start} and {end}")
         if interrupt < 0 or interrupt != int(interrupt): raise ValueError(f"interrupt must be a whole number of batches, 0 for none; got {interrupt}")
         self.start, self.end, self.interrupt = start, end, interrupt
@@ -471,18 +507,18 @@ class SelectiveBackprop(LossSelector):
         return 0. if whole else self.filter_ratio
     def select(self, idx: Tensor, k: int) -> Tensor: return selective_backprop_select(self.losses(), self.filter_ratio, self.generator)
 
-# %% ../nbs/04_callback.ipynb #c042
+# %% ../nbs/04_callback.ipynb #c046
 class ReferenceLossSelector(LossSelector):
     "Base of the selectors that compare the learner's losses with a reference's."
-    stays_home = 'reference',
+    stays_home = 'reference', 'scorer'
+    @delegates(LossSelector.__init__)
     def __init__(self,
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
         reference: Union[nn.Module, np.ndarray, Tensor, str, Path, None]=None, # a classifier, or its outputs [N, C] or losses [N] on the training set: an array or an .npy file
         cache: Union[str, Path, bool]=True, # where a classifier's outputs are kept, as for `reference_features`
-        seed: int=0,
-        super_batch: bool=False, # draw so many candidates that as many are kept as the loader's batch size says
+        **kwargs
     ):
-        super().__init__(filter_ratio, seed, super_batch)
+        super().__init__(filter_ratio, **kwargs)
         self.reference, self.cache, self._reference, self._reference_of = reference, cache, None, None
 
     def prepare(self) -> None:
@@ -540,7 +576,7 @@ class JEST(ReferenceLossSelector):
 
     def _reference_rows(self): return None if self._reference is None else _rows(self._reference, self.idx).to(next(_tensors(self.xb)).device)
 
-# %% ../nbs/04_callback.ipynb #c059
+# %% ../nbs/04_callback.ipynb #c065
 def _head_splitter(model: nn.Module) -> list:
     head = params(model.get_submodule(head_name(model)))
     return [[p for p in params(model) if all(p is not h for h in head)], head]

@@ -18,7 +18,7 @@ from fastai.torch_core import default_device
 
 from .data import datasets
 from .callback import curated_learner
-from .experiment import Config, dataset_defaults, grid, methods, run_all, summarize
+from .experiment import Config, dataset_defaults, forms, grid, methods, run_all, summarize
 from .reference import Reference, default_reference
 from .spectral import check_filter_ratio
 
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     o('--root', metavar='FOLDER', help="folder that holds the data set's files (default: they are downloaded; digits need none)")
     o('--methods', type=_methods, default=['standard', 'saln', 'random', 'standard_short'], metavar='A,B', help=f"methods to compare, from {', '.join(methods)}; or all (default: standard,saln,random,standard_short). The controls random and standard_short also run at the cost of the other methods where that differs")
     o('--filter_ratio', type=_ratios, default=[.8], metavar='R', help="share of the samples that is removed, 0 <= R < 1, or several, separated by commas (default: 0.8; gstds follows its schedule, from 0.9 to 0.6)")
+    o('--form', type=_names(forms), default=['before_decode'], metavar='F', help="when saln, gstds and random choose: in_batch (everything is read, as in the papers), before_decode (the same samples, and no others are read; the default) or super_batch (so many candidates that batches of the size of --bs are kept; also for the methods that look at losses)")
     o('--seeds', type=_number(int, 1), default=3, metavar='N', help="number of runs of each method, with seeds 0 to N-1 (default: 3)")
     o('--epochs', type=_number(int, 1), metavar='N', help=f"passes over the training set (default: {_by_dataset('epochs')})")
     o('--bs', type=_number(int, 2), default=128, metavar='N', help="images in a batch before selection (default: 128)")
@@ -105,6 +106,8 @@ def curate(
     p = parser()
     args = vars(p.parse_args(argv))
     names, seeds, out, ratios, sets = (args.pop(k) for k in ('methods', 'seeds', 'out', 'filter_ratio', 'dataset'))
+    if len(args['form']) > 1: p.error(f"argument --form: one of {', '.join(forms)}; got {', '.join(args['form'])}")
+    args['form'] = args['form'][0]
     for d in sets:
         for m in names:
             if m in ('saln', 'gstds') or m == names[0]: _check_files(p, Config(dataset=d, method=m, **args))

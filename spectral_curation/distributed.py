@@ -53,6 +53,8 @@ class ShardedDL(GroupDL):
         self.n = None if dl.n is None or dl.bs is None else min(dl.n, len(dl)*dl.bs)//self.world_size
         if self.n == 0: raise ValueError(f"{dl.n} training samples in batches of {dl.bs} can't be shared out to {self.world_size} processes, each needs one at least")
 
+    @property
+    def rng(self): return self.dl.rng
     def whole_order(self) -> list[int]:
         "The order in which rank 0's loader reads the data set, on every rank."
         return self._broadcast(list(self.dl.get_idxs()), 0)

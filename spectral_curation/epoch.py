@@ -60,7 +60,7 @@ class EpochSelector(Selector):
 
     def whole_order(self, draw: Callable) -> list[int]:
         "The loader's order; where several processes train together that of all, to be shared out after the choice: a part of each share would leave them with unequal numbers."
-        return draw() if self.world_size == 1 else self.dl.whole_order()
+        return draw() if self.world_size == 1 else draw(self.dl.whole_order)
     def share(self, order: list[int]) -> list[int]: return order if self.world_size == 1 else self.dl.share(order)
 
     def epoch_size(self) -> int:

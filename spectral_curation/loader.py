@@ -46,9 +46,13 @@ class IndexWatch:
     ):
         if not isinstance(dl, DataLoader): raise TypeError(f"data selection needs a fastai DataLoader to know which samples a batch holds, got a {type(dl).__module__}.{type(dl).__name__}; wrap its data set: DataLoaders.from_dsets(train_ds, valid_ds)")
         if not dl.indexed or dl.n is None or dl.bs is None: raise TypeError("data selection needs a data set with a length and an index, read in batches (bs); this DataLoader has none")
-        self.dl, self.idxs, self.batches = dl, [], None if plan is None else [list(b) for b in plan(dl.get_idxs) if len(b)]
+        self.dl, self.idxs = dl, []
+        self.batches = None if plan is None else [b for b in plan(self._draw) if len(b)]
         read_order, do_item, create_batches = dl.get_idxs, dl.do_item, dl.create_batches
-        def get_idxs(_): self.idxs = list(read_order()) if self.batches is None else list(chain.from_iterable(self.batches)); return self.idxs
+        def get_idxs(dl):
+            if self.batches is None: self.idxs = list(read_order()); return self.idxs
+            if self._drawn is not None: dl.rng.setstate(self._drawn)        # as if the order had been drawn now
+            return list(chain.from_iterable(self.batches))
         def checked_item(_, i):
             item = do_item(i)
             if item is None: raise RuntimeError(f"a transform skipped sample {i} of the training set, which would shift all that follow; take it out of the data set")
@@ -62,8 +66,18 @@ class IndexWatch:
             f.__name__ = name                   # bound methods are pickled by name: spawned worker processes get the loader's own
             setattr(dl, name, MethodType(f, dl))  # `DataLoader.new` does not copy bound methods
         if self.batches is not None:            # all that was chosen is read, and `len(dl)` is the number of batches
-            dl.bs, dl.drop_last = max(map(len, self.batches), default=1), False
+            dl.bs, dl.drop_last = max((len(b) for b in self.batches), default=1), False
             dl.n = sum(map(len, self.batches)) if self._even() else dl.bs*len(self.batches)
+
+    _drawn = None
+    def _draw(self, read: Optional[Callable]=None) -> list[int]: # None: the loader's `get_idxs`
+        "The order that the loader is about to draw: it renews its generator first."
+        rng = self.dl.rng.getstate()
+        self.dl.randomize()
+        order = list((read or self.dl.get_idxs)())
+        self._drawn = self.dl.rng.getstate()
+        self.dl.rng.setstate(rng)
+        return order
 
     def _even(self) -> bool:
         "Are all batches of one size, but for a shorter last one?"
