@@ -208,3 +208,15 @@ def test_stopped_and_continued(pair, tmp_path, name):
     for (kept, end), (then, continued) in zip(whole, pair(saved, name, tmp_path/'run.pt', 'go on')): assert continued == end and then == kept[2:]
     learn = learner(selectors[name]())
     with pytest.raises(ValueError, match='number of processes is 2, here it is 1'): fit(learn, Checkpoint(tmp_path/'run.pt'), epochs=4)
+
+
+def test_without_accelerate(fresh):
+    "It is no requirement: all else works without."
+    assert fresh('''
+import sys; sys.modules['accelerate'] = None
+from fastai.basics import *
+from spectral_curation.all import *
+dls = DataLoaders.from_dsets([(torch.randn(3), 0)]*20, [(torch.randn(3), 0)]*4, bs=4)
+learn = Learner(dls, nn.Linear(3, 2), CrossEntropyLossFlat(), lr=.1, cbs=StaticPruning(None, .5))
+with learn.no_bar(), learn.no_logging(): learn.fit(1)
+print(learn.static_pruning.trained)''') == 10
