@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .spectral import check_filter_ratio, n_keep, fiedler_vector, select_by_vector, which_kinds, laplacian_kinds
 from .joint import random_select, top_loss_select, rho_select, selective_backprop_select, jest_select, class_pair_losses
-from .reference import reference_features, check_features, pretrained, load_weights, head_name
+from .reference import forget_pages, reference_features, check_features, pretrained, load_weights, head_name
 from .loader import IndexWatch, candidates, cut
 from .distributed import GroupDL, ShardedDL, check_same, training_share
 
@@ -110,6 +110,7 @@ class Selector(Callback):
                 if isinstance(getattr(self, name), _NotExported): raise ValueError(f"{name} did not travel with the exported learner; give it again before training on: learn.{self.name}.{name} = ...")
             with self.clock('seconds_preparing'): self.prepare()
         self._before_fit = deepcopy(self.state_dict())
+        if hasattr(self.learn, 'lr_finder') and getattr(self, 'super_batch', False): self.learn.n_epoch = self.learn.lr_finder.num_it    # epochs are shorter than it reckoned; it ends by itself
 
     def _reset_accounts(self): self.offered, self.scored, self.trained, self.seconds_selecting = 0, 0, 0, 0.
 
@@ -133,6 +134,7 @@ class Selector(Callback):
         n = _batch_size(self.xb)
         self.idx = torch.tensor(self.watch.batch(self.iter, n))
         self.positions = torch.arange(n)
+        if self.watch.batches is not None: self.learn.n_iter = len(self.watch.batches)      # for loaders with a length of their own, as `PartialDL`
 
     def after_train(self): self.stop_watching()
     def after_fit(self):
@@ -172,6 +174,7 @@ class BatchSelector(Selector):
     ):
         super().__init__(filter_ratio, seed)
         self.super_batch = super_batch
+        if hasattr(type(self), 'ratio'): raise TypeError(f"{type(self).__name__}.ratio would never be asked: override ratio_at(self, pct, batch=0) instead, where pct is the share of training done (it was self.pct_train) and batch the number of the batch in the epoch (it was self.iter)")
 
     def select(self,
         idx: Tensor, # [B] data set indices of the batch, int64, on the CPU
@@ -238,9 +241,9 @@ class IndexSelector(BatchSelector):
     "A `BatchSelector` whose choice depends on data set indices alone, so that it can be made before a sample is read. `select` must not look at `self.xb` or `self.yb`."
     def __init__(self,
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
+        seed: int=0, # of the selector's own randomness
         before_decode: bool=True, # choose for the whole epoch first, and read what is kept only; False: read everything, choose in the batch
         super_batch: bool=False, # draw so many candidates that as many are kept as the loader's batch size says
-        seed: int=0, # of the selector's own randomness
     ):
         super().__init__(filter_ratio, seed, super_batch)
         self.before_decode = before_decode
@@ -264,7 +267,10 @@ class IndexSelector(BatchSelector):
             while stop < len(self.offered_now) and stop-start < self.chunk(n) and (len(self.offered_now[stop][0]), self.offered_now[stop][1]) == (n, self.current_ratio): stop += 1
             k, idxs = n_keep(n, self.current_ratio), torch.tensor([self.offered_now[i][0] for i in range(start, stop)])
             if k == n: self.choices += self.keep_all(idxs)
-            else: self.choices += list(self.select_many(idxs, k, [batch_generator(self.seed, self.epochs_begun, i, self.rank) for i in range(start, stop)]).cpu())
+            else:
+                kept = self.select_many(idxs, k, [batch_generator(self.seed, self.epochs_begun, i, self.rank) for i in range(start, stop)])
+                if kept.shape != (len(idxs), k): raise ValueError(f"{type(self).__name__}.select_many must return {[len(idxs), k]} positions, got shape {list(kept.shape)}")
+                self.choices += list(kept.cpu())
             start = stop
         return [torch.tensor(idxs)[keep].tolist() for (idxs, _), keep in zip(self.offered_now, self.choices)]
 
@@ -276,11 +282,12 @@ class IndexSelector(BatchSelector):
     def watch_loader(self) -> IndexWatch:
         self.choices = None
         if not self.before_decode or not self.filter_ratio: return super().watch_loader()
+        self.learn.xb, self.learn.yb = (None,), (None,)     # a `select` that looks at the batch fails, and does not see the last one of the epoch before
         return IndexWatch(self.dl, self.choose)
 
     def before_batch(self):
         if self.choices is None: super().before_batch(); return
-        self.watch.batch(self.iter, _batch_size(self.xb))
+        Selector.before_batch(self)
         (idxs, self.current_ratio), self.positions = self.offered_now[self.iter], self.choices[self.iter]
         self.idx, n, k = torch.tensor(idxs), len(idxs), len(self.positions)
         self.offered, self.trained, self.scored = self.offered + n, self.trained + k, self.scored + n*(self.scores_samples and k < n)
@@ -320,7 +327,7 @@ class SALN(IndexSelector):
         super_batch: bool=False, # draw so many candidates that as many are kept as the loader's batch size says
         seed: int=0, # for which='stratified'
     ):
-        super().__init__(filter_ratio, before_decode, super_batch, seed)
+        super().__init__(filter_ratio, seed, before_decode, super_batch)
         for name, value, allowed in (('which', which, which_kinds), ('laplacian', laplacian, laplacian_kinds), ('graph', graph, ('full', 'knn'))):
             if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         if reference is not None and features is not None: raise ValueError("give a reference or features, not both")
@@ -344,10 +351,18 @@ class SALN(IndexSelector):
         return select_by_vector(self.vector, k, self.which, self.generator)
 
     def select_many(self, idxs: Tensor, k: int, generators: list) -> Tensor:
+        if type(self).select is not SALN.select: return torch.cat([self._select_one(*one) for one in zip(idxs.split(1), [k]*len(idxs), generators)])
         vectors = fiedler_vector(self.batch_features(idxs.flatten()).view(*idxs.shape, -1), self.laplacian, self.graph, self.n_neighbors)
+        forget_pages(self._features)
         self._vectors += list(vectors)
         if self.which != 'stratified': return select_by_vector(vectors, k, self.which)
         return torch.stack([select_by_vector(v, k, self.which, g) for v, g in zip(vectors, generators)])
+
+    def _select_one(self, idx, k, generator):
+        "For a subclass with a `select` of its own."
+        kept = super().select_many(idx, k, [generator])
+        self._vectors.append(self.vector)
+        return kept
 
     def chunk(self, n: int) -> int: return max(1, min(64, 2**26//(8*n*self._features.shape[1])))    # 64 MB of features in float64
 
@@ -373,7 +388,7 @@ class GSTDS(SALN):
         schedule: Union[float, Callable]=SchedCos(.9, .6), # filter ratio as a function of the share of training done, 0 to 1: a fastai schedule, any callable, or a number
         **kwargs
     ):
-        self.schedule = schedule
+        self.schedule, self.all_offered, self.all_trained = schedule, 0, 0
         super().__init__(sum(map(self.ratio_at, np.linspace(0, 1, 101)))/101, **kwargs)   # its mean
 
     def ratio_at(self,
@@ -389,7 +404,7 @@ class GSTDS(SALN):
         self.all_offered, self.all_trained = state['all_offered'], state['all_trained']
 
     def before_fit(self):
-        if not self.learn.lock.locked(): self.all_offered = self.all_trained = 0
+        if not self.learn.lock.locked() and not hasattr(self.learn, 'lr_finder'): self.all_offered = self.all_trained = 0
         super().before_fit()
     def after_train(self):
         super().after_train()

@@ -55,6 +55,8 @@ class ShardedDL(GroupDL):
 
     @property
     def rng(self): return self.dl.rng
+    @rng.setter
+    def rng(self, rng): self.dl.rng = rng
     def whole_order(self) -> list[int]:
         "The order in which rank 0's loader reads the data set, on every rank."
         return self._broadcast(list(self.dl.get_idxs()), 0)

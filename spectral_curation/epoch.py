@@ -41,6 +41,7 @@ class EpochSelector(Selector):
         raise ValueError(f"{type(self).__name__} has no `choose`, so it can't remove a share of {self.filter_ratio}; subclass it, or use filter_ratio=0")
 
     def watch_loader(self) -> IndexWatch:
+        IndexWatch.check(self.dl)
         self.offered, self.reads = self.epoch_size(), None
         if not self.filter_ratio: return super().watch_loader()
         self.generator, n = batch_generator(self.seed, self.epochs_begun, -1), len(self.dl.dataset)
@@ -65,13 +66,15 @@ class EpochSelector(Selector):
 
     def epoch_size(self) -> int:
         "Samples that a whole epoch reads."
-        return len(self.dl)*self.dl.bs if self.dl.drop_last else self.dl.n
+        return len(self.dl)*self.dl.bs if self.dl.drop_last else getattr(self.dl, 'partial_n', None) or self.dl.n     # fastai's `PartialDL` reads partial_n
 
     def before_batch(self):
         super().before_batch()
         if self.reads is not None and not self.before_decode:
             n, self.positions = len(self.idx), self.reads[self.idx].nonzero().flatten()
-            if not len(self.positions): raise CancelBatchException('nothing of this batch is chosen')
+            if not len(self.positions):
+                self.learn.yb = ()          # the Recorder counts it as no batch
+                raise CancelBatchException('nothing of this batch is chosen')
             if len(self.positions) < n: self.learn.xb, self.learn.yb = take_rows(self.xb, self.positions, n), take_rows(self.yb, self.positions, n)
         self.trained += len(self.positions)
         self.scored += len(self.positions) * self.scores_samples
@@ -84,9 +87,9 @@ def whole_batches(
 ) -> list[list[int]]: # batches
     "`cut`, but a last batch of one sample is left out where there are others: batch normalization can't train on it."
     batches = cut(order, bs)
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 < bs else batches
 
-# %% ../nbs/04a_epoch.ipynb #c010
+# %% ../nbs/04a_epoch.ipynb #c012
 class _HistorySelector(EpochSelector):
     "Base of the selectors that remember the losses of the training pass."
     alpha = 1.
@@ -132,6 +135,11 @@ class DynamicPruning(_HistorySelector):
         self.policy, self.every, self.score, self.epsilon, self.c, self.alpha = policy, every, score, epsilon, c, alpha
         self.scores_samples, self.kept_set = policy != 'random', None
 
+    def prepare(self) -> None:
+        history = vars(self).get('history')
+        super().prepare()
+        if self.history is not history: self.kept_set = None    # of another data set
+
     def choose(self, n: int) -> Tensor:
         if self.kept_set is None or self.epochs_begun % self.every == 0:
             k, g = n_kept(n, self.filter_ratio), self.generator
@@ -150,7 +158,7 @@ class DynamicPruning(_HistorySelector):
         super().load_state_dict(state)
         self.kept_set = state['kept_set']
 
-# %% ../nbs/04a_epoch.ipynb #c017
+# %% ../nbs/04a_epoch.ipynb #c019
 class InfoBatch(_HistorySelector):
     "InfoBatch (arXiv 2303.04947): drop samples of low loss at random, scale up the gradients of those that stay."
     scores_samples = True
@@ -183,7 +191,7 @@ class InfoBatch(_HistorySelector):
 
     def __getstate__(self): return dict(super().__getstate__(), weights=None)
 
-# %% ../nbs/04a_epoch.ipynb #c023
+# %% ../nbs/04a_epoch.ipynb #c025
 class StaticPruning(EpochSelector):
     "Train on the same floor(qN) samples in every epoch: those of highest score, or a random part."
     stays_home = 'scores',
@@ -202,7 +210,7 @@ class StaticPruning(EpochSelector):
         scores = torch.zeros(n) if self.scores is None else torch.as_tensor(self.scores)
         return keep_highest(scores, n_kept(n, self.filter_ratio), batch_generator(self.seed, 0, -1))
 
-# %% ../nbs/04a_epoch.ipynb #c026
+# %% ../nbs/04a_epoch.ipynb #c028
 class StandardShort(EpochSelector):
     "Standard training that ends when a share 1 - filter_ratio of its cost is spent: the control that the papers lack."
     def __init__(self,
@@ -215,6 +223,7 @@ class StandardShort(EpochSelector):
         self.step, self.left = step, []
 
     def watch_loader(self) -> IndexWatch:
+        IndexWatch.check(self.dl)
         self.offered, self.reads = self.epoch_size(), None
         if not self.filter_ratio: return IndexWatch(self.dl)
         whole, last = divmod(self.offered, self.dl.bs)

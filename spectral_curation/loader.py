@@ -7,6 +7,7 @@ __all__ = ['candidates', 'cut', 'IndexWatch']
 
 # %% ../nbs/03a_loader.ipynb #c003
 import math, multiprocessing
+from copy import deepcopy
 from itertools import chain
 from types import MethodType
 from typing import Callable, Optional
@@ -20,12 +21,11 @@ def candidates(
     n: int, # samples to keep, at least 1
     filter_ratio: float, # share removed, 0 <= filter_ratio < 1
 ) -> int: # size of the super-batch
-    "The smallest number of samples of which `n` are kept, by `n_keep`."
+    "The smallest number of samples of which a share of 1 - `filter_ratio` is `n`, rounded as in `n_keep`."
     check_filter_ratio(filter_ratio)
     if n < 1: raise ValueError(f"n is the number of samples to keep and must be at least 1, got {n}")
-    if n == 1: return 1
-    size = max(1, math.floor(n/(1-filter_ratio)) - 2)
-    while n_keep(size, filter_ratio) < n: size += 1
+    size = max(n, math.floor(n/(1-filter_ratio)) - 2)
+    while math.floor(size*(1-filter_ratio) + 1e-9) < n: size += 1      # `n_keep`, without its at least 1
     return size
 
 def cut(
@@ -44,15 +44,19 @@ class IndexWatch:
         dl: DataLoader,
         plan: Optional[Callable]=None, # from a function that draws the loader's own order, to the batches of indices that are read instead
     ):
-        if not isinstance(dl, DataLoader): raise TypeError(f"data selection needs a fastai DataLoader to know which samples a batch holds, got a {type(dl).__module__}.{type(dl).__name__}; wrap its data set: DataLoaders.from_dsets(train_ds, valid_ds)")
-        if not dl.indexed or dl.n is None or dl.bs is None: raise TypeError("data selection needs a data set with a length and an index, read in batches (bs); this DataLoader has none")
-        self.dl, self.idxs = dl, []
-        self.batches = None if plan is None else [b for b in plan(self._draw) if len(b)]
-        read_order, do_item, create_batches = dl.get_idxs, dl.do_item, dl.create_batches
+        self.check(dl)
+        stale = getattr(vars(dl).get('get_idxs'), 'watch', None)
+        if stale: stale.stop()                  # of another learner, ended by ctrl-c
+        self.dl, self.idxs, self.begun = dl, [], False
+        self.batches = None if plan is None else self._planned(plan)
+        read_order, before_iter, do_item, create_batches = dl.get_idxs, dl.before_iter, dl.do_item, dl.create_batches
         def get_idxs(dl):
-            if self.batches is None: self.idxs = list(read_order()); return self.idxs
-            if self._drawn is not None: dl.rng.setstate(self._drawn)        # as if the order had been drawn now
-            return list(chain.from_iterable(self.batches))
+            if self.batches is None: self.idxs = list(read_order())
+            else: self.idxs, dl.rng = list(chain.from_iterable(self.batches)), self.rng
+            return self.idxs
+        def plan_once(_):
+            if self.begun: self.stop()          # ctrl-c ended the training that this was for
+            before_iter()
         def checked_item(_, i):
             item = do_item(i)
             if item is None: raise RuntimeError(f"a transform skipped sample {i} of the training set, which would shift all that follow; take it out of the data set")
@@ -60,24 +64,30 @@ class IndexWatch:
         def planned_batches(dl, _):             # in a worker process: every `num_workers`-th
             for batch in self.batches[dl.offs::dl.num_workers]: yield from create_batches(batch)
         self.hooks = dict(get_idxs=get_idxs, do_item=checked_item)
-        if self.batches is not None and not self._even(): self.hooks['create_batches'] = planned_batches
+        if self.batches is not None:
+            self.hooks['before_iter'] = plan_once
+            if not self._even(): self.hooks['create_batches'] = planned_batches
         self.before = {name: vars(dl)[name] for name in (*self.hooks, 'n', 'bs', 'drop_last') if name in vars(dl)}
         for name, f in self.hooks.items():
-            f.__name__ = name                   # bound methods are pickled by name: spawned worker processes get the loader's own
+            f.__name__, f.watch = name, self    # bound methods are pickled by name: spawned worker processes get the loader's own
             setattr(dl, name, MethodType(f, dl))  # `DataLoader.new` does not copy bound methods
         if self.batches is not None:            # all that was chosen is read, and `len(dl)` is the number of batches
-            dl.bs, dl.drop_last = max((len(b) for b in self.batches), default=1), False
+            dl.bs, dl.drop_last = max(map(len, self.batches), default=1), False
             dl.n = sum(map(len, self.batches)) if self._even() else dl.bs*len(self.batches)
 
-    _drawn = None
-    def _draw(self, read: Optional[Callable]=None) -> list[int]: # None: the loader's `get_idxs`
-        "The order that the loader is about to draw: it renews its generator first."
-        rng = self.dl.rng.getstate()
-        self.dl.randomize()
-        order = list((read or self.dl.get_idxs)())
-        self._drawn = self.dl.rng.getstate()
-        self.dl.rng.setstate(rng)
-        return order
+    @staticmethod
+    def check(dl) -> None:
+        "`TypeError` for a loader that can't be watched."
+        if not isinstance(dl, DataLoader): raise TypeError(f"data selection needs a fastai DataLoader to know which samples a batch holds, got a {type(dl).__module__}.{type(dl).__name__}; wrap its data set: DataLoaders.from_dsets(train_ds, valid_ds)")
+        if not dl.indexed or dl.n is None or dl.bs is None: raise TypeError("data selection needs a data set with a length and an index, read in batches (bs); this DataLoader has none")
+
+    def _planned(self, plan):
+        "The plan for the order that the loader is about to draw: with the generator that it will have by then."
+        rng = deepcopy(self.dl.rng)
+        try:
+            self.dl.randomize()
+            return [list(b) for b in plan(lambda read=None: list((read or self.dl.get_idxs)())) if len(b)]
+        finally: self.rng, self.dl.rng = self.dl.rng, rng
 
     def _even(self) -> bool:
         "Are all batches of one size, but for a shorter last one?"
@@ -89,9 +99,11 @@ class IndexWatch:
     def batch(self, i: int, n: int) -> list[int]:
         "Data set indices of batch `i`, which must hold `n` samples."
         idxs = self.idxs[i*self.dl.bs:(i+1)*self.dl.bs] if self.batches is None else self.batches[i] if i < len(self.batches) else []
+        self.begun = True
         if len(idxs) != n: raise RuntimeError(f"batch {i} was drawn with {len(idxs)} samples but arrives with {n}: another callback, or a loader hook, changed it before the selection (use one selector at a time)")
         return idxs
 
     def stop(self):
         for name in self.hooks: vars(self.dl).pop(name, None)
         vars(self.dl).update(self.before)
+        self.hooks, self.before = {}, {}

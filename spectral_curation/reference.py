@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['read_weights', 'head_name', 'load_weights', 'pretrained', 'arch_of_file', 'Pixels', 'Reference', 'frozen_loader',
            'feature_batches', 'StaleFeatures', 'atomic_write', 'save_features', 'load_features', 'Shards',
-           'dataset_fingerprint', 'probe', 'default_cache', 'default_reference', 'reference_features', 'check_features']
+           'dataset_fingerprint', 'probe', 'default_cache', 'default_reference', 'reference_features', 'forget_pages',
+           'check_features']
 
 # %% ../nbs/03_reference.ipynb #c003
-import difflib, hashlib, json, math, os, re, secrets, shutil, struct
+import difflib, hashlib, json, math, mmap, os, re, secrets, shutil, struct
 from collections import deque
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -514,6 +515,13 @@ def _sharing(path: Path) -> tuple[int, int]:
         if rank == 0: sign.unlink(missing_ok=True)
     return rank, world
 
+def forget_pages(
+    features: Union[np.ndarray, Tensor], # memory-mapped, or anything else, which is left alone
+) -> None:
+    "Give back the memory of what was read of a memory-mapped file; the system keeps it in its cache while there is room."
+    mapped = getattr(features, '_mmap', None)
+    if mapped is not None and hasattr(mmap, 'MADV_DONTNEED'): mapped.madvise(mmap.MADV_DONTNEED)
+
 def check_features(
     features: Union[np.ndarray, Tensor], # [N, d]
     n: int, # samples in the training set
@@ -526,4 +534,5 @@ def check_features(
         block = torch.as_tensor(np.array(features[start:start+8192])) if not torch.is_tensor(features) else features[start:start+8192]
         bad = (~block.isfinite().all(1)).nonzero().flatten().tolist()
         if bad: raise ValueError(f"features hold NaN or infinity in row {start+bad[0]}")
+        forget_pages(features)
     return features
