@@ -11,7 +11,9 @@ __all__ = ['tables', 'side_by_side', 'comparison', 'machine', 'paper_listing', '
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated')   # fastai's import, nothing to do with the user
 
-import argparse, json, multiprocessing, os, platform, resource, sys, tempfile, time
+import argparse, json, multiprocessing, os, platform, sys, tempfile, time
+try: import resource
+except ImportError: resource = None     # Windows
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -303,16 +305,22 @@ class _PlanOnly(Callback):
     order = 0
     def before_batch(self): raise CancelFitException('the plan is made')
 
+def _peak() -> int:
+    "The most memory in bytes that this process has held, mapped pages of files included."
+    status = Path('/proc/self/status')      # what `getrusage` says begins, on Linux, with what the parent process held
+    if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    return 1024*int(next(l for l in status.read_text().splitlines() if l.startswith('VmHWM')).split()[1])
+
 def _plan(path: str, bs: int, filter_ratio: float, threads: int, pipe) -> None:
     "Choose for an epoch, in this process; send what it took."
     torch.set_num_threads(threads)
     features = np.load(path, mmap_mode='r', allow_pickle=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    before = _peak()
     selector = SALN(filter_ratio, features=features)
     dls = DataLoaders(DataLoader(_Numbers(len(features)), bs=bs, shuffle=True), DataLoader(_Numbers(bs), bs=bs))
     learn = Learner(dls, nn.Linear(1, 10), loss_func=F.cross_entropy, lr=.1, cbs=[selector, _PlanOnly()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    pipe.send(dict(seconds=selector.seconds_selecting, preparing=selector.seconds_preparing, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, before=before, kept=sum(map(len, selector.choices))))
+    pipe.send(dict(seconds=selector.seconds_selecting, preparing=selector.seconds_preparing, peak=_peak(), before=before, kept=sum(map(len, selector.choices))))
 
 def bench_scale(
     folder: Path, # for the features: large files, removed afterwards
