@@ -344,7 +344,11 @@ class SALN(IndexSelector):
 
     def batch_features(self, idx: Tensor) -> Tensor:
         "Features [B, d] of the samples with these data set indices, on the loader's device."
-        return _rows(self._features, idx).to(self.dl.device or 'cpu')
+        rows = []
+        for part in idx.split(256):     # one page of a file can bring a whole stretch of it into memory
+            rows.append(_rows(self._features, part))
+            forget_pages(self._features)
+        return torch.cat(rows).to(self.dl.device or 'cpu')
 
     def select(self, idx: Tensor, k: int) -> Tensor:
         self.vector = fiedler_vector(self.batch_features(idx), self.laplacian, self.graph, self.n_neighbors)
@@ -353,7 +357,6 @@ class SALN(IndexSelector):
     def select_many(self, idxs: Tensor, k: int, generators: list) -> Tensor:
         if type(self).select is not SALN.select: return torch.cat([self._select_one(*one) for one in zip(idxs.split(1), [k]*len(idxs), generators)])
         vectors = fiedler_vector(self.batch_features(idxs.flatten()).view(*idxs.shape, -1), self.laplacian, self.graph, self.n_neighbors)
-        forget_pages(self._features)
         self._vectors += list(vectors)
         if self.which != 'stratified': return select_by_vector(vectors, k, self.which)
         return torch.stack([select_by_vector(v, k, self.which, g) for v, g in zip(vectors, generators)])
