@@ -21,5 +21,6 @@ from .data import *
 from .held import *
 from .plot import *
 from .experiment import *
+from .reproduce import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

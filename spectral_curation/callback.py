@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .spectral import check_filter_ratio, n_keep, fiedler_vector, select_by_vector, which_kinds, laplacian_kinds
 from .joint import random_select, top_loss_select, rho_select, selective_backprop_select, jest_select, class_pair_losses
-from .reference import forget_pages, reference_features, check_features, pretrained, load_weights, head_name
+from .reference import RowReader, reference_features, check_features, pretrained, load_weights, head_name
 from .loader import IndexWatch, candidates, cut
 from .distributed import GroupDL, ShardedDL, check_same, training_share
 
@@ -333,22 +333,18 @@ class SALN(IndexSelector):
         if reference is not None and features is not None: raise ValueError("give a reference or features, not both")
         self.reference, self.features, self.size, self.cache = reference, features, size, cache
         self.which, self.laplacian, self.graph, self.n_neighbors = which, laplacian, graph, n_neighbors
-        self._features = self._features_of = self.vector = self._vectors = None
+        self._features = self._features_of = self._read = self.vector = self._vectors = None
 
     def prepare(self) -> None:
         "Features of the training set, once for each data set."
         if self._features_of is self.dls.train.dataset: return
         source = self.features if self.features is not None else self.reference
         self._features = reference_features(self.dls, source, size=self.size, cache=self.cache)
-        self._features_of = self.dls.train.dataset
+        self._features_of, self._read = self.dls.train.dataset, RowReader(self._features)
 
     def batch_features(self, idx: Tensor) -> Tensor:
         "Features [B, d] of the samples with these data set indices, on the loader's device."
-        rows = []
-        for part in idx.split(256):     # one page of a file can bring a whole stretch of it into memory
-            rows.append(_rows(self._features, part))
-            forget_pages(self._features)
-        return torch.cat(rows).to(self.dl.device or 'cpu')
+        return self._read(idx).to(self.dl.device or 'cpu')
 
     def select(self, idx: Tensor, k: int) -> Tensor:
         self.vector = fiedler_vector(self.batch_features(idx), self.laplacian, self.graph, self.n_neighbors)
@@ -378,9 +374,7 @@ class SALN(IndexSelector):
         super().before_batch()
         if self.choices is not None: self.vector = self._vectors[self.iter]
 
-    def __getstate__(self): return dict(super().__getstate__(), _features=None, _features_of=None, vector=None, _vectors=None)
-
-def _rows(array, idx: Tensor) -> Tensor: return array[idx.to(array.device)] if torch.is_tensor(array) else torch.from_numpy(np.asarray(array[idx.numpy()]))
+    def __getstate__(self): return dict(super().__getstate__(), _features=None, _features_of=None, _read=None, vector=None, _vectors=None)
 
 # %% ../nbs/04_callback.ipynb #c031
 class GSTDS(SALN):
@@ -537,12 +531,13 @@ class ReferenceLossSelector(LossSelector):
         **kwargs
     ):
         super().__init__(filter_ratio, **kwargs)
-        self.reference, self.cache, self._reference, self._reference_of = reference, cache, None, None
+        self.reference, self.cache, self._reference, self._reference_of, self._read = reference, cache, None, None, None
 
     def prepare(self) -> None:
         "The reference's outputs on the training set, once for each data set."
         if self._reference_of is self.dls.train.dataset: return
         self._reference, self._reference_of = self._outputs(), self.dls.train.dataset
+        self._read = RowReader(self._reference)
 
     def _outputs(self):
         source = self.reference
@@ -555,10 +550,10 @@ class ReferenceLossSelector(LossSelector):
 
     def reference_losses(self) -> Tensor: # [B]
         "The reference's losses on the batch, on its device."
-        rows = _rows(self._reference, self.idx).to(next(_tensors(self.xb)).device)
+        rows = self._read(self.idx).to(next(_tensors(self.xb)).device)
         return rows if rows.ndim == 1 else self.losses(rows.float())
 
-    def __getstate__(self): return dict(super().__getstate__(), _reference=None, _reference_of=None)
+    def __getstate__(self): return dict(super().__getstate__(), _reference=None, _reference_of=None, _read=None)
 
 class RHO(ReferenceLossSelector):
     "RHO-LOSS (arXiv 2206.07137): keep the samples of largest learner loss minus reference loss."
@@ -592,7 +587,7 @@ class JEST(ReferenceLossSelector):
         else: learner, reference = self.losses(), None if self._reference is None else self.reference_losses()
         return jest_select(learner, torch.zeros_like(learner) if reference is None else reference, self.filter_ratio, self.n_chunks, self.method, self.generator)
 
-    def _reference_rows(self): return None if self._reference is None else _rows(self._reference, self.idx).to(next(_tensors(self.xb)).device)
+    def _reference_rows(self): return None if self._reference is None else self._read(self.idx).to(next(_tensors(self.xb)).device)
 
 # %% ../nbs/04_callback.ipynb #c065
 def _head_splitter(model: nn.Module) -> list:

@@ -135,6 +135,7 @@ def cifar10_dls(
     split_seed: int=0, # of the split
     num_workers: Optional[int]=None, # processes that read images; None: one a core
     device=None, # None: fastai's default
+    imbalance: Optional[float]=None, # training images left of the last class as a share of the first one's, by equal factors in between (Cui et al., arXiv 1901.05555); None: all
 ) -> DataLoaders: # train 45,000, valid 5,000, test 10,000
     "CIFAR-10 in the layout of fastai's `URLs.CIFAR`; a tenth of its training images is for validation (our reading: the paper does not say)."
     layout = 'train/<class>/*.png and test/<class>/*.png, as in fastai\'s URLs.CIFAR'
@@ -148,7 +149,16 @@ def cifar10_dls(
     train, test = (sorted(get_image_files(path/part)) for part in ('train', 'test'))
     vocab = sorted(p.name for p in (path/'train').iterdir() if p.is_dir())
     tr, va = _split(len(train), len(train)//10, split_seed, n_train, n_valid)
+    if imbalance is not None: tr = _long_tailed(tr, [vocab.index(train[i].parent.name) for i in tr], imbalance)
     return _dataloaders(train+test, PILImage.create, parent_label, [tr, va, np.arange(len(train), len(train)+len(test))], vocab, size, bs, augment, True, num_workers, device, 'cifar10', 'resnet50')
+
+def _long_tailed(idxs: np.ndarray, classes: list[int], imbalance: float) -> np.ndarray:
+    "The first `imbalance**(k/last)` of the images of class k."
+    if not 0 < imbalance <= 1: raise ValueError(f"imbalance is what is left of the rarest class as a share of the most frequent one, above 0 and at most 1; got {imbalance}")
+    classes = np.array(classes)
+    most = np.bincount(classes).min()
+    of = [idxs[classes == k][:max(1, round(most*imbalance**(k/classes.max())))] for k in range(classes.max()+1)]
+    return idxs[np.isin(idxs, np.concatenate(of))]
 
 def flowers_dls(
     root: Union[str, Path, None]=None, # folder that holds flowers-102/; None: torchvision downloads it

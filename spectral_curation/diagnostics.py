@@ -77,4 +77,10 @@ class SelectionLog(Callback):
             out['class_shift'] = (there/there.sum() - chosen/chosen.sum()).abs().sum().item()/2
         return {k: round(v, 6) for k, v in out.items()}
 
+    def by_class(self) -> Optional[list[float]]: # None where the classes are not known
+        "Share of the samples offered that were selected, of each class."
+        if self.labels is None: return None
+        offered = torch.bincount(self.labels, weights=self.offered.double())
+        return [round(v, 4) for v in (torch.tensor(self.classes).sum(0)/offered).nan_to_num().tolist()]
+
     def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k not in ('selector', 'labels', '_offered', '_kept')}

@@ -34,7 +34,7 @@ def test_no_large_files_and_no_machine_paths():
 
 def test_arrows_point_one_way():
     "No room imports a later one."
-    rooms = 'spectral joint pruning reference loader distributed callback epoch scores checkpoint diagnostics data held plot experiment bench cli all'.split()
+    rooms = 'spectral joint pruning reference loader distributed callback epoch scores checkpoint diagnostics data held plot experiment bench cli reproduce all'.split()
     for i, room in enumerate(rooms):
         f = root/f'spectral_curation/{room}.py'
         if not f.exists(): continue
