@@ -89,6 +89,13 @@ def _split(n: int, valid: int, seed: int, n_train: Optional[int], n_valid: Optio
     if n_train is not None and not 1 <= n_train <= most: raise ValueError(f"n_train must be from 1 to {most}, the images left for training after {valid} for validation; got {n_train}")
     return perm[valid:valid + (most if n_train is None else n_train)], perm[:valid][:_check_valid(n_valid, valid)]
 
+def _some_of(test, n_test: Optional[int], seed: int) -> np.ndarray:
+    "Test positions, or a seeded choice of so many of them, in their order."
+    test = np.asarray(test)
+    if n_test is None: return test
+    if not 1 <= n_test <= len(test): raise ValueError(f"n_test must be from 1 to {len(test)}, the images for testing; got {n_test}")
+    return test[np.sort(np.random.default_rng(seed+2).permutation(len(test))[:n_test])]
+
 def _check_valid(n_valid: Optional[int], valid: int) -> Optional[int]:
     if n_valid is not None and not 1 <= n_valid <= valid: raise ValueError(f"n_valid must be from 1 to {valid}, the images for validation; got {n_valid}")
     return n_valid
@@ -101,6 +108,7 @@ def digits_dls(
     size: int=32, # side of the images in pixels
     n_train: Optional[int]=None, # use only so many training images; None: all
     n_valid: Optional[int]=None, # use only so many validation images; None: all
+    n_test: Optional[int]=None, # use only so many test images; None: all
     augment: bool=True, # rotation and colour jitter on training images
     split_seed: int=0, # of the split
     num_workers: int=0, # processes that read images; the digits are in memory
@@ -112,7 +120,7 @@ def digits_dls(
     n = len(items)//5
     perm = np.random.default_rng(split_seed).permutation(len(items))
     train, valid = _split(len(items)-n, n, split_seed+1, n_train, n_valid)
-    return _dataloaders(items, _pil, _label, [perm[n:][train], perm[n:][valid], perm[:n]], list(range(10)), size, bs, augment, False, num_workers, device, 'digits', 'pixels')
+    return _dataloaders(items, _pil, _label, [perm[n:][train], perm[n:][valid], _some_of(perm[:n], n_test, split_seed)], list(range(10)), size, bs, augment, False, num_workers, device, 'digits', 'pixels')
 
 # %% ../nbs/06_data.ipynb #c017
 def _home(root: Union[str, Path, None]) -> Path:
@@ -131,6 +139,7 @@ def cifar10_dls(
     size: int=32, # side of the images in pixels
     n_train: Optional[int]=None, # use only so many training images; None: all 45,000
     n_valid: Optional[int]=None, # use only so many validation images; None: all
+    n_test: Optional[int]=None, # use only so many test images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the split
     num_workers: Optional[int]=None, # processes that read images; None: one a core
@@ -150,7 +159,7 @@ def cifar10_dls(
     vocab = sorted(p.name for p in (path/'train').iterdir() if p.is_dir())
     tr, va = _split(len(train), len(train)//10, split_seed, n_train, n_valid)
     if imbalance is not None: tr = _long_tailed(tr, [vocab.index(train[i].parent.name) for i in tr], imbalance)
-    return _dataloaders(train+test, PILImage.create, parent_label, [tr, va, np.arange(len(train), len(train)+len(test))], vocab, size, bs, augment, True, num_workers, device, 'cifar10', 'resnet50')
+    return _dataloaders(train+test, PILImage.create, parent_label, [tr, va, _some_of(np.arange(len(train), len(train)+len(test)), n_test, split_seed)], vocab, size, bs, augment, True, num_workers, device, 'cifar10', 'resnet50')
 
 def _long_tailed(idxs: np.ndarray, classes: list[int], imbalance: float) -> np.ndarray:
     "The first `imbalance**(k/last)` of the images of class k."
@@ -166,6 +175,7 @@ def flowers_dls(
     size: int=224, # side of the images in pixels
     n_train: Optional[int]=None, # use only so many training images; None: all 1,020
     n_valid: Optional[int]=None, # use only so many validation images; None: all
+    n_test: Optional[int]=None, # use only so many test images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the choice of n_train images; the splits are the data set's own
     num_workers: Optional[int]=None, # processes that read images; None: one a core
@@ -180,6 +190,7 @@ def flowers_dls(
     train, valid, test = (ids[k][0] for k in ('trnid', 'valid', 'tstid'))
     train = train[_split(len(train), 0, split_seed, n_train)[0]] if n_train else train
     valid = valid[_split(len(valid), 0, split_seed, _check_valid(n_valid, len(valid)))[0]] if n_valid else valid
+    test = _some_of(test, n_test, split_seed)
     order = np.concatenate([train, valid, test])
     items = [dict(path=path/f'jpg/image_{i:05d}.jpg', label=int(labels[i-1])) for i in order]
     ends = np.cumsum([len(train), len(valid), len(test)])
@@ -193,6 +204,7 @@ def pets_dls(
     size: int=224, # side of the images in pixels
     n_train: Optional[int]=None, # use only so many training images; None: all
     n_valid: Optional[int]=None, # use only so many validation images; None: all
+    n_test: Optional[int]=None, # use only so many test images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the split into training and validation
     num_workers: Optional[int]=None, # processes that read images; None: one a core
@@ -208,6 +220,6 @@ def pets_dls(
     trainval, test = read('trainval'), read('test')
     tr, va = _split(len(trainval), len(trainval)//10, split_seed, n_train, n_valid)
     vocab = sorted({o['label'] for o in trainval})
-    return _dataloaders(trainval+test, _open, _label, [tr, va, np.arange(len(trainval), len(trainval)+len(test))], vocab, size, bs, augment, True, num_workers, device, 'pets', 'resnet50')
+    return _dataloaders(trainval+test, _open, _label, [tr, va, _some_of(np.arange(len(trainval), len(trainval)+len(test)), n_test, split_seed)], vocab, size, bs, augment, True, num_workers, device, 'pets', 'resnet50')
 
 datasets = dict(digits=digits_dls, cifar10=cifar10_dls, flowers=flowers_dls, pets=pets_dls)

@@ -62,6 +62,7 @@ class Config:
     schedule: str='cos 0.9 0.6'         # gstds: cos, lin or exp from one filter ratio to another, or one number
     reference_epochs: Optional[int]=None # jest and rho: passes over its data that their reference is trained for; None: as many as the run's
     imbalance: Optional[float]=None     # cifar10: images left of the rarest class, as a share of the most frequent one's; None: all
+    n_test: Optional[int]=None          # test images; None: all
     checks: int=0                       # times that validation accuracy is measured within the run, from 5% of it on
     root: Optional[str]=None            # folder of the data's files; None: download
     device: Optional[str]=None          # cpu, cuda, ...; None: fastai's default
@@ -106,7 +107,7 @@ def _named(name: str) -> str:
     return f'{p.name}:{_hash(name, (s := p.stat()).st_size, s.st_mtime_ns)}' if p.is_file() else name
 
 forms = 'in_batch', 'before_decode', 'super_batch'
-_options = dict(which=('saln', 'gstds'), laplacian=('saln', 'gstds'), schedule=('gstds',), reference_epochs=('jest', 'rho'), imbalance=(), checks=())
+_options = dict(which=('saln', 'gstds'), laplacian=('saln', 'gstds'), schedule=('gstds',), reference_epochs=('jest', 'rho'), imbalance=(), n_test=(), checks=())
 _by_index, _by_loss = ('saln', 'gstds', 'random'), ('jest', 'rho', 'selective_backprop', 'top_loss')
 
 dataset_defaults = dict(
@@ -167,7 +168,7 @@ def scores_of(
     c = c.complete()
     if score == 'held_out': c = replace(c, epochs=c.reference_epochs or c.epochs, reference_epochs=None)
     seed = 0 if score == 'held_out' else c.seed
-    meta = {k: v for k, v in c.identity().items() if k not in ('method', 'filter_ratio', 'form', 'step', 'reference', 'reference_size', 'n_valid', 'checks')} | dict(score=score, seed=seed)
+    meta = {k: v for k, v in c.identity().items() if k not in ('method', 'filter_ratio', 'form', 'step', 'reference', 'reference_size', 'n_valid', 'n_test', 'checks')} | dict(score=score, seed=seed)
     def make_learner(s: int) -> Learner:
         set_seed(s, reproducible=True)
         return curated_learner(make_dls(c), c.arch, c.weights, c.lr)
@@ -192,7 +193,7 @@ def reference_of(
 def make_dls(c: Config) -> DataLoaders:
     "The configuration's data."
     c = c.complete()
-    kwargs = dict(bs=c.bs, size=c.size, n_train=c.n_train, n_valid=c.n_valid, device=c.device) | ({} if c.num_workers is None else dict(num_workers=c.num_workers)) | ({} if c.dataset == 'digits' else dict(root=c.root)) | ({} if c.imbalance is None else dict(imbalance=c.imbalance))
+    kwargs = dict(bs=c.bs, size=c.size, n_train=c.n_train, n_valid=c.n_valid, n_test=c.n_test, device=c.device) | ({} if c.num_workers is None else dict(num_workers=c.num_workers)) | ({} if c.dataset == 'digits' else dict(root=c.root)) | ({} if c.imbalance is None else dict(imbalance=c.imbalance))
     return datasets[c.dataset](**kwargs)
 
 # %% ../nbs/08_experiment.ipynb #c011
@@ -351,7 +352,7 @@ def kind_of(
 ) -> Kind:
     "The row of a table that a run belongs to."
     c = row['config']
-    return Kind(c['dataset'], c['method'], c['filter_ratio'], c['step'], c.get('form'), tuple((k, c[k]) for k in _options if k in c and k != 'checks'))
+    return Kind(c['dataset'], c['method'], c['filter_ratio'], c['step'], c.get('form'), tuple((k, c[k]) for k in _options if k in c and k not in ('n_test', 'checks')))
 
 def labels(
     rows: list[dict], # lines of results

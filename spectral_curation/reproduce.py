@@ -74,11 +74,11 @@ def paper_values() -> pd.DataFrame: # columns table, dataset, method, metric (ac
 # %% ../nbs/10a_reproduce.ipynb #c009
 scales = dict(
     paper=dict(seeds=5, cifar10=dict(), flowers=dict(), pets=dict()),
-    cpu=dict(seeds=3, cifar10=dict(epochs=2, size=32, lr=.01, n_valid=2000, reference_size=64), flowers=dict(epochs=10, size=96, lr=.01, n_valid=510), pets=dict(epochs=10, size=96, lr=.01)),
+    cpu=dict(seeds=3, cifar10=dict(epochs=2, size=32, lr=.01, n_valid=2000, reference_size=64), flowers=dict(epochs=10, size=96, lr=.01, n_valid=510, n_test=2000), pets=dict(epochs=10, size=96, lr=.01)),
 )
 budget_epochs = dict(cpu=dict(cifar10=1, flowers=5, pets=5))        # of standard training, which has what the others may spend; others: as in the tables
 rates = .001, .003, .01, .03
-ablation_base = dict(n_train=10_000, epochs=2)
+ablation_base = dict(n_train=10_000, n_test=2500, epochs=2)
 
 def _tables(c: Config, seeds: int) -> list[Config]:
     "The methods of the papers and both controls at the cost of each."
@@ -107,13 +107,13 @@ def _ablation(c: Config, seeds: int) -> list[Config]:
     one += [replace(m, bs=b) for b in (32, 256, 1024) for m in (saln, random)]
     one += [replace(gstds, schedule=s) for s in ('cos 0.9 0.6', 'lin 0.9 0.6', 'cos 0.6 0.9', '0.75')] + [replace(random, filter_ratio=.75)]
     one += [replace(m, form='super_batch') for m in (saln, replace(saln, which='stratified'), random)]
-    rare = dict(n_train=None, epochs=base.epochs, imbalance=.02)
+    rare = dict(n_train=None, imbalance=.02)
     one += [replace(base, method='standard', **rare), *[replace(saln, which=w, **rare) for w in ('extremes', 'boundary', 'stratified')], replace(random, **rare)]
     return [replace(r, seed=s) for s in range(seeds) for r in one]
 
 def _rate(c: Config, seeds: int) -> list[Config]:
     "Standard training at several learning rates."
-    return [replace(c, method='standard', lr=lr, seed=100) for lr in rates]
+    return [replace(c, method='standard', lr=lr, n_test=None, seed=100) for lr in rates]
 
 parts: dict[str, Callable] = dict(tables=_tables, budget=_budget, ablation=_ablation, rate=_rate)
 
