@@ -1,4 +1,5 @@
-"Make README.md from nbs/index.ipynb: `python nbs/readme.py`; with `--check`, only say whether it is up to date."
+"Make README.md from nbs/index.ipynb, and its picture from the summary notebook: `python nbs/readme.py`; with `--check`, only say whether they are up to date."
+import base64
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from nbconvert import MarkdownExporter
 from nbformat import read
 
 nbs = Path(__file__).resolve().parent
-readme = nbs.parent/'README.md'
+readme, picture = nbs.parent/'README.md', nbs/'summary.png'
 
 
 def render() -> str:
@@ -20,7 +21,16 @@ def render() -> str:
     return '<!-- made from nbs/index.ipynb by nbs/readme.py -->\n\n' + text.strip() + '\n'
 
 
+def summary_picture() -> bytes:
+    "The picture of the summary notebook, as PNG."
+    cells = read(nbs/'experiments/05_summary.ipynb', as_version=4).cells
+    return base64.b64decode(next(o['data']['image/png'] for c in cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})))
+
+
 if __name__ == '__main__':
     if '--check' in sys.argv:
-        sys.exit(0 if readme.read_text(encoding='utf-8') == render() else 'README.md is not made from this nbs/index.ipynb: run python nbs/readme.py')
-    readme.write_text(render(), encoding='utf-8')
+        if readme.read_text(encoding='utf-8') != render(): sys.exit('README.md is not made from this nbs/index.ipynb: run python nbs/readme.py')
+        if picture.read_bytes() != summary_picture(): sys.exit('nbs/summary.png is not the picture of this nbs/experiments/05_summary.ipynb: run python nbs/readme.py')
+    else:
+        readme.write_text(render(), encoding='utf-8')
+        picture.write_bytes(summary_picture())

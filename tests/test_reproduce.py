@@ -13,7 +13,7 @@ import torchvision
 
 from spectral_curation.bench import digit_files
 from spectral_curation.experiment import grid, read_rows, run_all
-from spectral_curation.reproduce import claims_table, curate_reproduce, describe_rows, experiment_configs, paper_table, read_figures, save_figures
+from spectral_curation.reproduce import claims_table, curate_reproduce, describe_rows, execute_notebook, experiment_configs, paper_table, read_figures, save_figures
 
 clock = ('seconds', 'data', 'selection', 'training')
 results = Path(__file__).parent.parent/'nbs/experiments/results'
@@ -84,6 +84,19 @@ def test_an_experiment_end_to_end(tmp_path):
     assert [len(b['keep']) for b in figures['selection']] == [64, 64] and set(figures['weights']) == {'standard', 'saln'}
     assert describe_rows(rows).startswith('10 runs, 10 kinds, seeds [0]')
     assert read_figures('pets', folder=tmp_path) is None
+
+
+def test_a_notebook_is_run_in_place(tmp_path):
+    "With the new outputs where it succeeds; untouched where a cell fails."
+    pytest.importorskip('execnb')
+    def notebook(source): return dict(cells=[dict(cell_type='code', execution_count=None, id='a', metadata={}, outputs=[], source=[source])], metadata={}, nbformat=4, nbformat_minor=5)
+    path = tmp_path/'n.ipynb'
+    path.write_text(json.dumps(notebook('print(6*7)')))
+    execute_notebook(path)
+    assert json.loads(path.read_text())['cells'][0]['outputs'][0]['text'] == ['42\n']
+    path.write_text(before := json.dumps(notebook('1/0')))
+    with pytest.raises(ZeroDivisionError): execute_notebook(path)
+    assert path.read_text() == before and [f.name for f in tmp_path.iterdir()] == ['n.ipynb']
 
 
 @pytest.mark.parametrize('args, said', [
