@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     o('--reference_size', type=_number(int, 8), metavar='PX', help="side in pixels to which images are resized for the reference (default: as the learner sees them)")
     o('--device', type=_device, metavar='D', help=f"where to compute, such as cpu or cuda (default here: {default_device()})")
     o('--num_workers', type=_number(int, 0), metavar='N', help="processes that read images (default: one a core; digits 0)")
+    o('--jobs', type=_number(int, 1), default=1, metavar='N', help='runs at a time, each with its share of the cores (default: 1)')
     o('--cache', metavar='FOLDER', help="where the reference's features and the samples' scores are kept (default: features in fastai's folder, ~/.fastai)")
     o('--out', type=Path, default=Path('curation'), metavar='FOLDER', help="folder for results and figures (default: curation)")
     return p
@@ -105,7 +106,7 @@ def curate(
     "Compare data selection methods: the console command. Exits with 2 for bad options, 130 when stopped by ctrl-c."
     p = parser()
     args = vars(p.parse_args(argv))
-    names, seeds, out, ratios, sets = (args.pop(k) for k in ('methods', 'seeds', 'out', 'filter_ratio', 'dataset'))
+    names, seeds, out, ratios, sets, jobs = (args.pop(k) for k in ('methods', 'seeds', 'out', 'filter_ratio', 'dataset', 'jobs'))
     if len(args['form']) > 1: p.error(f"argument --form: one of {', '.join(forms)}; got {', '.join(args['form'])}")
     args['form'] = args['form'][0]
     for d in sets:
@@ -118,7 +119,7 @@ def curate(
         c = next(c for c in configs if c.dataset == d)
         print(f"{d}: {', '.join(names)}; {seeds} seed(s), {c.epochs} epochs, batches of {c.bs}, filter ratio {', '.join(map(str, ratios))}, {c.size} px, learning rate {c.lr}, {c.device}", flush=True)
     start = time.perf_counter()
-    try: rows = run_all(configs, out)
+    try: rows = run_all(configs, out, jobs=jobs)
     except KeyboardInterrupt:
         print(f"\nStopped. Finished runs are in {out/'results.jsonl'}; the same command goes on from there.", file=sys.stderr)
         return 130
