@@ -134,15 +134,22 @@ def experiment_configs(
     return list(runs.values())
 
 def experiment_folder(
-    dataset: str, scale: str, part: str,
+    dataset: str, # cifar10, flowers or pets
+    scale: str, # cpu or paper
+    part: str, # tables, budget, ablation or rate
     folder: Union[str, Path, None]=None, # that holds all; None: `results` here, or nbs/experiments/results
 ) -> Path:
     "Where the lines of results of a part lie."
     folder = Path(folder) if folder else next((p for p in (Path('results'), Path('nbs/experiments/results')) if p.is_dir()), Path('results'))
     return folder/f'{dataset}-{scale}-{part}'
 
-def experiment_rows(dataset: str, scale: str='cpu', part: str='tables', folder: Union[str, Path, None]=None) -> list[dict]:
-    "Its lines of results; an empty list where it has not been run."
+def experiment_rows(
+    dataset: str, # cifar10, flowers or pets
+    scale: str='cpu', # cpu or paper
+    part: str='tables', # tables, budget, ablation or rate
+    folder: Union[str, Path, None]=None, # as for `experiment_folder`
+) -> list[dict]: # empty where it has not been run
+    "The lines of results of a part."
     return read_rows(experiment_folder(dataset, scale, part, folder)/'results.jsonl')
 
 # %% ../nbs/10a_reproduce.ipynb #c012
@@ -261,11 +268,15 @@ def batch_selection(
         out.append(dict(batch=i, xy=np.round((u*s)[:, :2], 3).tolist(), keep=fiedler_select(torch.from_numpy(f), filter_ratio).tolist(), labels=[int(dls.train.dataset.tls[-1][j]) for j in idx.tolist()]))
     return out
 
-def pack_picture(w: np.ndarray) -> dict: # that JSON can hold
+def pack_picture(
+    w: np.ndarray, # a matrix
+) -> dict: # that JSON can hold
     "A matrix in 255 steps."
     top = float(np.abs(w).max()) or 1.
     return dict(shape=list(w.shape), top=top, data=base64.b64encode(zlib.compress(np.round(w/top*127).astype(np.int8).tobytes(), 9)).decode())
-def unpack_picture(p: dict) -> np.ndarray:
+def unpack_picture(
+    p: dict, # from `pack_picture`
+) -> np.ndarray:
     "The matrix again, to 1/127 of its largest value."
     return np.frombuffer(zlib.decompress(base64.b64decode(p['data'])), np.int8).reshape(p['shape']).astype(float)*p['top']/127
 
@@ -282,19 +293,27 @@ def save_figures(
     with atomic_write(folder/'figures.json') as part: part.write_text(json.dumps(saved))
     return folder/'figures.json'
 
-def read_figures(dataset: str, scale: str='cpu', folder: Union[str, Path, None]=None) -> Optional[dict]: # None: not run here
+def read_figures(
+    dataset: str, # cifar10, flowers or pets
+    scale: str='cpu', # cpu or paper
+    folder: Union[str, Path, None]=None, # as for `experiment_folder`
+) -> Optional[dict]: # None: not run here
     "What `save_figures` wrote."
     path = experiment_folder(dataset, scale, 'tables', folder)/'figures.json'
     return json.loads(path.read_text()) if path.exists() else None
 
-def plot_batches(figures: dict) -> np.ndarray: # axes
+def plot_batches(
+    figures: dict, # from `read_figures`
+) -> np.ndarray: # axes
     "Figures 7 and 8."
     batches = figures['selection']
     axs = plt.subplots(1, len(batches), figsize=(4.4*len(batches), 3.6), dpi=90, layout='constrained', squeeze=False)[1][0]
     for ax, b in zip(axs, batches): plot_selection(np.array(b['xy']), b['keep'], b['labels'], f"batch {b['batch']}: {len(b['keep'])} of {len(b['xy'])} kept", ax)
     return axs
 
-def plot_final_layers(figures: dict) -> np.ndarray: # axes
+def plot_final_layers(
+    figures: dict, # from `read_figures`
+) -> np.ndarray: # axes
     "Figures 9 and 10."
     axs = plt.subplots(len(figures['weights']), 2, figsize=(9, 2.4*len(figures['weights'])), dpi=90, width_ratios=(2, 1), layout='constrained', squeeze=False)[1]
     for row, (m, p) in zip(axs, figures['weights'].items()): plot_weights(unpack_picture(p), f'{m}, final layer:', row)
@@ -336,7 +355,7 @@ def reproduce_parser() -> argparse.ArgumentParser:
     o('--jobs', type=_number(int, 1), default=1, metavar='N', help='runs at a time, each with its share of the cores (default: 1)')
     o('--methods', type=_names(budget_shares), metavar='A,B', help='only these of the part budget (default: all)')
     o('--out', type=Path, metavar='FOLDER', help='folder for lines of results (default: results, or nbs/experiments/results in a clone)')
-    o('--notebook', action='store_true', help="then run the experiment's notebook (in a clone, with the dev extra)")
+    o('--notebook', action='store_true', help="then run the experiment's notebooks (in a clone, with the dev extra)")
     return p
 
 def curate_reproduce(
@@ -359,12 +378,13 @@ def curate_reproduce(
         except KeyboardInterrupt: print('\nStopped. Finished runs are kept; the same command goes on from there.'); return 130
         except (OSError, ValueError) as e: p.error(' '.join(str(e).split()))
         if part == 'tables':
-            save_figures(runs[0], folder, figure_batches[a.dataset])
+            if not (folder/'figures.json').exists(): save_figures(runs[0], folder, figure_batches[a.dataset])
             print(claims_table(rows).to_string())
         if part == 'rate': print(pd.Series({r['config']['lr']: f"{100*r['history'][-1]['valid_accuracy']:.2f}" for r in rows}, name='validation accuracy (%)').rename_axis('learning rate').to_string())
     print(f'{time.perf_counter()-start:.0f} s', flush=True)
     if a.notebook:
-        path = experiment_folder(a.dataset, a.scale, 'tables', a.out).parent.parent/notebooks[a.dataset]
-        if not path.exists(): p.error(f"argument --notebook: {path} is not there; run the command in a clone of the repository")
-        execute_notebook(path)
+        for name in [notebooks[a.dataset]] + ['04_ablation.ipynb']*('ablation' in wanted) + ['05_summary.ipynb']:
+            path = experiment_folder(a.dataset, a.scale, 'tables', a.out).parent.parent/name
+            if not path.exists(): p.error(f"argument --notebook: {path} is not there; run the command in a clone of the repository")
+            execute_notebook(path)
     return 0
