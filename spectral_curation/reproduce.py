@@ -224,11 +224,11 @@ def budget_curves(
 def budget_table(
     curves: dict[str, dict[int, list[tuple]]], # from `budget_curves`
     against: Optional[str]=None, # a method: differences from it, seed by seed; None: accuracies
-    shares: Iterable[float]=(.05, .1, .2, .5, 1.), # of standard training's cost
+    shares: Iterable[float]=(.05, .1, .25, .5, 1.), # of standard training's cost
 ) -> pd.DataFrame: # one row a method, one column a share: mean and 95% interval, in points
-    "What each method has reached with a share of standard training's cost. Where a run ends within 7% of a share, its end counts."
+    "What each method has reached with a share of standard training's cost. Where a run's first or last measurement is within 7% of a share, it counts."
     shares = list(shares)
-    def read(run): return at_shares([*run, (run[-1][0]*1.075, run[-1][1])], shares)
+    def read(run): return at_shares([(run[0][0]/1.075, run[0][1]), *run, (run[-1][0]*1.075, run[-1][1])], shares)
     table = []
     for m, of in curves.items():
         if m == against: continue
