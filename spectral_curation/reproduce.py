@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['scales', 'budget_epochs', 'rates', 'ablation_base', 'budget_shares', 'parts', 'notebooks', 'figure_batches',
            'paper_values', 'experiment_configs', 'experiment_folder', 'experiment_rows', 'at_equal_cost', 'paper_table',
-           'difference', 'claims_table', 'budget_curves', 'budget_table', 'describe_rows', 'batch_selection',
-           'pack_picture', 'unpack_picture', 'save_figures', 'read_figures', 'plot_batches', 'plot_final_layers',
-           'execute_notebook', 'reproduce_parser', 'curate_reproduce']
+           'differences', 'difference', 'claims_table', 'budget_curves', 'budget_table', 'describe_rows',
+           'batch_selection', 'pack_picture', 'unpack_picture', 'save_figures', 'read_figures', 'plot_batches',
+           'plot_final_layers', 'execute_notebook', 'reproduce_parser', 'curate_reproduce']
 
 # %% ../nbs/10a_reproduce.ipynb #c003
 import warnings
@@ -185,14 +185,20 @@ def paper_table(
                     **{f'{name}, same cost': '' if whole else ours(at_equal_cost(rows, runs, control)) if runs else '-' for name, control in (('random', 'random'), ('cut short', 'standard_short'))}})
     return pd.DataFrame(out).set_index(['method', 'split'])
 
+def differences(
+    runs: list[dict], # of one method
+    others: list[dict], # of another
+) -> list[float]: # test accuracy of the first minus that of the second, for each seed that both have
+    "By how much the first is ahead, seed by seed."
+    by_seed = {r['config']['seed']: r['test_accuracy'] for r in others}
+    return [r['test_accuracy'] - by_seed[s] for r in runs if (s := r['config']['seed']) in by_seed]
+
 def difference(
     runs: list[dict], # of one method
     others: list[dict], # of another
-    metric: Callable=lambda r: r['test_accuracy'],
 ) -> str: # in points, with a 95% interval over shared seeds
-    "By how much the first is ahead, seed by seed."
-    by_seed = {r['config']['seed']: metric(r) for r in others}
-    d = [metric(r) - by_seed[s] for r in runs if (s := r['config']['seed']) in by_seed]
+    "The mean of `differences`, as text."
+    d = differences(runs, others)
     return f'{_interval(d, 100)} ({_verdict(d)})' if d else '-'
 
 def claims_table(
