@@ -6,13 +6,13 @@
 __all__ = ['candidates', 'cut', 'IndexWatch']
 
 # %% ../nbs/03a_loader.ipynb #c003
-import math, multiprocessing
+import math
 from copy import deepcopy
 from itertools import chain
 from types import MethodType
 from typing import Callable, Optional
 
-from fastai.data.load import DataLoader
+from fastai.data.load import DataLoader, _FakeLoader
 
 from .spectral import check_filter_ratio, n_keep
 
@@ -38,6 +38,15 @@ def cut(
     return batches[:-1] if drop_last and batches and len(batches[-1]) < bs else batches
 
 # %% ../nbs/03a_loader.ipynb #c009
+class _BatchReader(_FakeLoader):
+    "What fastai's loader iterates over, in each worker process: every `num_workers`-th of `batches`, which may be of any size."
+    def __init__(self, dl: DataLoader, batches: list[list[int]]):
+        f = dl.fake_l
+        super().__init__(dl, f.pin_memory, f.num_workers, f.timeout, persistent_workers=f.persistent_workers, pin_memory_device=f.pin_memory_device)
+        self.batches = batches
+    def __iter__(self):
+        for batch in self.batches[self.d.offs::self.d.num_workers]: yield from self.d.create_batches(batch)
+
 class IndexWatch:
     "Remembers the order in which a fastai `DataLoader` reads its data set, through its public hooks, and changes it if asked to. Leaves nothing behind after `stop`."
     def __init__(self,
@@ -49,7 +58,7 @@ class IndexWatch:
         if stale: stale.stop()                  # of another learner, ended by ctrl-c
         self.dl, self.idxs, self.begun = dl, [], False
         self.batches = None if plan is None else self._planned(plan)
-        read_order, before_iter, do_item, create_batches = dl.get_idxs, dl.before_iter, dl.do_item, dl.create_batches
+        read_order, before_iter, do_item = dl.get_idxs, dl.before_iter, dl.do_item
         def get_idxs(dl):
             if self.batches is None: self.idxs = list(read_order())
             else: self.idxs, dl.rng = list(chain.from_iterable(self.batches)), self.rng
@@ -61,19 +70,16 @@ class IndexWatch:
             item = do_item(i)
             if item is None: raise RuntimeError(f"a transform skipped sample {i} of the training set, which would shift all that follow; take it out of the data set")
             return item
-        def planned_batches(dl, _):             # in a worker process: every `num_workers`-th
-            for batch in self.batches[dl.offs::dl.num_workers]: yield from create_batches(batch)
         self.hooks = dict(get_idxs=get_idxs, do_item=checked_item)
-        if self.batches is not None:
-            self.hooks['before_iter'] = plan_once
-            if not self._even(): self.hooks['create_batches'] = planned_batches
-        self.before = {name: vars(dl)[name] for name in (*self.hooks, 'n', 'bs', 'drop_last') if name in vars(dl)}
+        if self.batches is not None: self.hooks['before_iter'] = plan_once
+        self.before = {name: vars(dl)[name] for name in (*self.hooks, 'n', 'bs', 'drop_last', 'fake_l') if name in vars(dl)}
         for name, f in self.hooks.items():
             f.__name__, f.watch = name, self    # bound methods are pickled by name: spawned worker processes get the loader's own
             setattr(dl, name, MethodType(f, dl))  # `DataLoader.new` does not copy bound methods
         if self.batches is not None:            # all that was chosen is read, and `len(dl)` is the number of batches
             dl.bs, dl.drop_last = max(map(len, self.batches), default=1), False
-            dl.n = sum(map(len, self.batches)) if self._even() else dl.bs*len(self.batches)
+            if self._even(): dl.n = sum(map(len, self.batches))
+            else: dl.n, dl.fake_l = dl.bs*len(self.batches), _BatchReader(dl, self.batches)
 
     @staticmethod
     def check(dl) -> None:
@@ -92,9 +98,7 @@ class IndexWatch:
     def _even(self) -> bool:
         "Are all batches of one size, but for a shorter last one?"
         sizes = [len(b) for b in self.batches] or [1]
-        if all(s == sizes[0] for s in sizes[:-1]) and sizes[-1] <= sizes[0]: return True
-        if self.dl.fake_l.num_workers and multiprocessing.get_start_method() != 'fork': raise ValueError(f"batches of changing size ({min(sizes)} to {max(sizes)}) can't be read by worker processes that are spawned; use num_workers=0, or choose in the batch: before_decode=False")
-        return False
+        return all(s == sizes[0] for s in sizes[:-1]) and sizes[-1] <= sizes[0]
 
     def batch(self, i: int, n: int) -> list[int]:
         "Data set indices of batch `i`, which must hold `n` samples."

@@ -2,7 +2,7 @@
 import hashlib
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from datetime import timedelta
 from itertools import chain
 
@@ -83,18 +83,26 @@ def train(rank, name, args={}, **kw):
 
 def join(rank, folder):
     torch.set_num_threads(1)
-    multiprocessing.set_start_method('fork', force=True)     # worker processes as in a script; a spawned process would spawn them
+    multiprocessing.set_start_method('forkserver', force=True)  # a forked copy of a process that uses gloo may hang, says PyTorch, and some did
+    multiprocessing.set_forkserver_preload(['fastai.basics', 'spectral_curation.epoch'])
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1', FASTAI_HOME=str(folder))
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=40))
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory):
-    "Run a function in two processes that form a group; what it returned or raised on each."
-    folder = tmp_path_factory.mktemp('ranks')
-    pools = [ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), join, (rank, folder)) for rank in range(2)]
+    "Run a function in two processes that form a group; what it returned or raised on each. After a hang: two new processes."
+    pools = []
+    def start():
+        folder = tmp_path_factory.mktemp('ranks')
+        pools[:] = [ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), join, (rank, folder)) for rank in range(2)]
     def run(f, *args, **kw):
+        if not pools: start()
         futures = [pool.submit(f, rank, *args, **kw) for rank, pool in enumerate(pools)]
-        return [o.exception(120) or o.result() for o in futures]
+        try: return [o.exception(120) or o.result() for o in futures]
+        except TimeoutError:
+            for p in chain(*(pool._processes.values() for pool in pools)): p.kill()
+            pools.clear()
+            raise AssertionError(f'{f.__name__}{args} still ran after 120 s: {[o.done() for o in futures]} had ended') from None
     yield run
     for pool in pools: pool.shutdown()
 

@@ -406,24 +406,28 @@ from fastai.basics import *
 from spectral_curation.callback import GSTDS, RandomSubset
 
 if __name__ == '__main__':
-    multiprocessing.set_start_method('spawn')
-    dl = DataLoader([(torch.full((2,), float(i)), i % 2) for i in range(40)], bs=10, shuffle=True, num_workers=1)
-    learn = Learner(DataLoaders(dl, DataLoader(dl.dataset, bs=40)), nn.Linear(2, 2), nn.CrossEntropyLoss(), lr=1e-6, cbs=RandomSubset(.5))
+    multiprocessing.set_start_method({method!r})
+    dl = DataLoader([(torch.full((2,), float(i)), i % 2) for i in range(40)], bs=10, shuffle=True, num_workers=2)
+    learn = Learner(DataLoaders(dl, DataLoader(dl.dataset, bs=40)), nn.Linear(2, 2), nn.CrossEntropyLoss(), lr=1e-6)
     class Same(Callback):
-        order, run_valid, steps = 5, False, 0
-        def before_batch(self): assert self.learn.random_subset.kept_idx.tolist() == self.x[:, 0].long().tolist(); self.steps += 1
-    same = Same()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=same)
-    learn.remove_cb(RandomSubset)
-    learn.add_cb(GSTDS(features=torch.rand(40, 2)))
-    try: learn.fit(1)
-    except ValueError as e: print(json.dumps([same.steps, str(e)]))
+        order, run_valid = 5, False
+        def before_fit(self): self.sizes = []
+        def before_batch(self):
+            kept = next(cb for cb in self.learn.cbs if hasattr(cb, 'kept_idx')).kept_idx.tolist()
+            assert kept == self.x[:, 0].long().tolist()
+            self.sizes.append(len(kept))
+    same, sizes = Same(), []
+    for cb in (RandomSubset(.5), GSTDS(features=torch.rand(40, 2))):
+        with learn.no_bar(), learn.no_logging(), learn.added_cbs([cb]): learn.fit(1, cbs=same)
+        sizes.append(same.sizes)
+    print(json.dumps(sizes))
 """
 
-def test_spawned_workers(fresh):
-    "They read a plan of even batches. They would not know of others, which is said before."
-    steps, error = fresh(spawned)
-    assert steps == 4 and 'batches of changing size' in error and 'use num_workers=0' in error
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_worker_processes_that_start_afresh(fresh, method):
+    "They know the plan too, whether its batches are of one size or not."
+    even, uneven = fresh(spawned.replace('{method!r}', repr(method)))
+    assert even == [5]*4 and len(set(uneven)) > 1
 
 
 class Many:
