@@ -226,7 +226,7 @@ def budget_curves(
         c, s = r['config'], r['config']['seed']
         if s in full: out.setdefault(c['method'], {}).setdefault(s, []).append([(cost/full[s], a) for cost, a in r['curve']])
     if 'gstds' in out: out['gstds'] = {s: [sorted(run[-1] for run in runs)] for s, runs in out['gstds'].items()}
-    return {m: {s: runs[0] for s, runs in of.items()} for m, of in out.items()}
+    return {m: {s: runs[0] for s, runs in out[m].items()} for m in [*budget_shares, *out] if m in out}      # in one order, however the runs came
 
 def budget_table(
     curves: dict[str, dict[int, list[tuple]]], # from `budget_curves`
