@@ -107,7 +107,7 @@ def at_shares(
 
 def plot_budget(
     curves: dict[str, list[list[tuple]]], # method -> runs -> (share of standard training's cost, accuracy), cost ascending
-    shares=(.054, .07, .1, .14, .2, .25, .35, .49, .7, .98), # where means and intervals are drawn
+    shares=(.054, .07, .1, .14, .2, .25, .35, .49, .7, .92), # where means and intervals are drawn
     ax: Optional[Axes]=None, # None: a new figure
     band: bool=True, # show the 95% intervals
 ) -> Axes:

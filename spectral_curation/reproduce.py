@@ -233,9 +233,9 @@ def budget_table(
     against: Optional[str]=None, # a method: differences from it, seed by seed; None: accuracies
     shares: Iterable[float]=(.05, .1, .25, .5, 1.), # of standard training's cost
 ) -> pd.DataFrame: # one row a method, one column a share: mean and 95% interval, in points
-    "What each method has reached with a share of standard training's cost. Where a run's first or last measurement is within 7% of a share, it counts."
+    "What each method has reached with a share of standard training's cost. Where a run's first or last measurement is within 8% of a share, it counts."
     shares = list(shares)
-    def read(run): return at_shares([(run[0][0]/1.075, run[0][1]), *run, (run[-1][0]*1.075, run[-1][1])], shares)
+    def read(run): return at_shares([(run[0][0]/1.08, run[0][1]), *run, (run[-1][0]*1.08, run[-1][1])], shares)
     table = []
     for m, of in curves.items():
         if m == against: continue
