@@ -7,7 +7,6 @@ from datetime import timedelta
 import numpy as np, pytest, torch, torchvision, torch.distributed as dist
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
-from fastai.distributed import DistributedDL
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -326,6 +325,8 @@ def own_data(rank, folder):
 def test_ranks_with_data_of_their_own_work_alone(tmp_path, pair): assert pair(own_data, tmp_path) == [n, n+1]
 
 def test_distributed_loader_is_read_whole(expect):
+    pytest.importorskip('accelerate', reason='fastai.distributed needs accelerate')
+    from fastai.distributed import DistributedDL
     dls = digits_dls()
     dls.loaders[0] = DistributedDL(TfmdDL(dls.train.dataset, bs=bs, shuffle=True, num_workers=0), rank=1, world_size=2)
     np.testing.assert_array_equal(reference_features(dls, Net(), cache=False, bs=bs, progress=False), expect)
