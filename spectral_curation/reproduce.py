@@ -15,6 +15,7 @@ warnings.filterwarnings('ignore', message='.*torch.jit.script.* is deprecated') 
 
 import argparse, base64, io, json, os, time, zlib
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Callable, Iterable, Optional, Union
 
@@ -220,11 +221,12 @@ def claims_table(
 def budget_curves(
     rows: list[dict], # lines of results of the part `budget`
 ) -> dict[str, dict[int, list[tuple]]]: # method -> seed -> (share of standard training's cost, validation accuracy)
-    "Accuracy against cost: of gstds the ends of its runs, when its schedule is over; of the others what they had reached on the way."
+    "Accuracy against cost: of gstds the ends of its runs, when its schedule is over; of the others what they had reached on the way and at the end of each epoch."
     full, out = {r['config']['seed']: r['cost'] for r in rows if r['config']['method'] == 'standard'}, {}
     for r in rows:
         c, s = r['config'], r['config']['seed']
-        if s in full: out.setdefault(c['method'], {}).setdefault(s, []).append([(cost/full[s], a) for cost, a in r['curve']])
+        measured = dict(map(tuple, r['curve'])) | dict(zip(accumulate(h['cost'] for h in r['history']), (h['valid_accuracy'] for h in r['history'])))
+        if s in full: out.setdefault(c['method'], {}).setdefault(s, []).append([(cost/full[s], a) for cost, a in sorted(measured.items())])
     if 'gstds' in out: out['gstds'] = {s: [sorted(run[-1] for run in runs)] for s, runs in out['gstds'].items()}
     return {m: {s: runs[0] for s, runs in out[m].items()} for m in [*budget_shares, *out] if m in out}      # in one order, however the runs came
 
