@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spectral_curation.bench import curate_bench, tables
+from spectral_curation.lab.bench import curate_bench, tables
 
 
 @pytest.fixture(scope='module')

@@ -62,7 +62,9 @@ def test_killed_and_resumed(tmp_path, methods, seeds, until):
 
 def test_stopped_by_ctrl_c(tmp_path):
     p = start(tmp_path, '--seeds', '3')
-    while not lines(tmp_path): time.sleep(.05)
+    while not lines(tmp_path):
+        assert p.poll() is None, p.communicate()
+        time.sleep(.05)
     p.send_signal(signal.SIGINT); out, err = p.communicate()
     assert p.returncode == 130 and 'goes on from there' in err and 'Traceback' not in err
     assert lines(tmp_path)

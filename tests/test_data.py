@@ -6,7 +6,7 @@ from urllib.error import URLError
 import pytest
 import torchvision
 
-from spectral_curation.data import cifar10_dls, flowers_dls, pets_dls
+from spectral_curation.lab.data import cifar10_dls, flowers_dls, pets_dls
 
 
 @pytest.fixture(scope='module')

@@ -21,10 +21,12 @@ from torch import nn
 pytest.importorskip('accelerate', reason='training in several processes needs accelerate: pip install accelerate')
 import fastai.distributed  # learn.distrib_ctx
 
-from spectral_curation.callback import GSTDS, JEST, SALN, BatchSelector, RandomSubset, SelectiveBackprop, Selector, TopLoss
-from spectral_curation.checkpoint import Checkpoint
-from spectral_curation.data import digits_dls
-from spectral_curation.epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning
+from spectral_curation.train.by_index import GSTDS, RandomSubset, SALN
+from spectral_curation.train.by_loss import JEST, SelectiveBackprop, TopLoss
+from spectral_curation.train.selector import BatchSelector, Selector
+from spectral_curation.train.checkpoint import Checkpoint
+from spectral_curation.lab.data import digits_dls
+from spectral_curation.train.by_epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning
 
 n, bs, epochs = 301, 16, 3
 digits, classes = (torch.tensor(a) for a in load_digits(return_X_y=True))
@@ -84,7 +86,7 @@ def train(rank, name, args={}, **kw):
 def join(rank, folder):
     torch.set_num_threads(1)
     multiprocessing.set_start_method('forkserver', force=True)  # a forked copy of a process that uses gloo may hang, says PyTorch, and some did
-    multiprocessing.set_forkserver_preload(['fastai.basics', 'spectral_curation.epoch'])
+    multiprocessing.set_forkserver_preload(['fastai.basics', 'spectral_curation.train.by_epoch'])
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1', FASTAI_HOME=str(folder))
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=40))
 

@@ -21,11 +21,13 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
-from spectral_curation.callback import GSTDS, JEST, RHO, SALN, BatchSelector, IndexSelector, RandomSubset, SelectiveBackprop, Selector, TopLoss
-from spectral_curation.checkpoint import Checkpoint
-from spectral_curation.data import cifar10_dls, digits_dls
-from spectral_curation.epoch import DynamicPruning, EpochSelector, InfoBatch, StandardShort, StaticPruning
-from spectral_curation.held import hold_on_device
+from spectral_curation.train.by_index import GSTDS, IndexSelector, RandomSubset, SALN
+from spectral_curation.train.by_loss import JEST, RHO, SelectiveBackprop, TopLoss
+from spectral_curation.train.selector import BatchSelector, Selector
+from spectral_curation.train.checkpoint import Checkpoint
+from spectral_curation.lab.data import cifar10_dls, digits_dls
+from spectral_curation.train.by_epoch import DynamicPruning, EpochSelector, InfoBatch, StandardShort, StaticPruning
+from spectral_curation.train.cached import hold_on_device
 
 x = torch.randn(103, 6, generator=torch.Generator().manual_seed(0))
 tagged = [(torch.cat([a, torch.tensor([float(i)])]), int(a[0] > 0)) for i, a in enumerate(x)]      # each sample says which it is
@@ -403,7 +405,7 @@ def test_what_is_refused():
 spawned = """
 import json, multiprocessing, torch
 from fastai.basics import *
-from spectral_curation.callback import GSTDS, RandomSubset
+from spectral_curation.train.by_index import GSTDS, RandomSubset
 
 if __name__ == '__main__':
     multiprocessing.set_start_method({method!r})

@@ -1,4 +1,5 @@
 "The project's own rules: README from the index notebook, no machine paths, no large files. Skipped outside a clone."
+import ast
 import re
 import subprocess
 import sys
@@ -32,14 +33,53 @@ def test_no_large_files_and_no_machine_paths():
             assert not hits, (f, hits[:2])
 
 
-def test_arrows_point_one_way():
-    "No room imports a later one."
-    rooms = 'spectral joint pruning reference loader distributed callback epoch scores checkpoint diagnostics data held plot experiment bench cli reproduce all'.split()
-    for i, room in enumerate(rooms):
-        f = root/f'spectral_curation/{room}.py'
-        if not f.exists(): continue
-        used = re.findall(r'^from (?:\.|spectral_curation\.)(\w+) import', f.read_text(), re.M)
-        assert all(rooms.index(u) < i for u in used if u in rooms), (room, used)
-    for room in rooms[:3]:
-        f = root/f'spectral_curation/{room}.py'
-        if f.exists(): assert 'fastai' not in f.read_text(), room
+wings = 'select', 'features', 'train', 'lab'      # an arrow points to a wing further left, or to an earlier notebook of its own
+
+
+def modules() -> dict:
+    "Every exported module, in reading order: its dotted name -> its file. The order is that of the notebooks' numbers."
+    place = {}
+    for nb in sorted((root/'nbs').rglob('*.ipynb')):
+        export = re.search(r'#\| default_exp ([\w.]+)', nb.read_text(encoding='utf-8'))
+        if export: place[export[1]] = (wings.index(nb.parent.name) if nb.parent.name in wings else len(wings), nb.name)
+    files = {'.'.join(f.relative_to(root/'spectral_curation').with_suffix('').parts): f for f in (root/'spectral_curation').rglob('*.py') if not f.name.startswith('_')}
+    assert set(files) == set(place), 'each module has a notebook, each notebook its module'
+    return {m: files[m] for m in sorted(place, key=place.get)}
+
+
+def imports(file: Path, module: str) -> set:
+    "Absolute names of what a module imports, anywhere in it: `spectral_curation.x.y` for ours."
+    found, package = set(), ['spectral_curation', *module.split('.')[:-1]]
+    for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join((package[:len(package)-node.level+1] if node.level else []) + ([node.module] if node.module else []))
+            found |= {base, *(f'{base}.{a.name}' for a in node.names)}
+    return found
+
+
+def test_arrows_point_down():
+    "No module imports a later one; a module is covered without being listed, and imports inside functions count."
+    order = list(modules())
+    for i, (name, file) in enumerate(modules().items()):
+        used = {m for m in order for u in imports(file, name) if u == f'spectral_curation.{m}'}
+        assert not (up := [m for m in used if order.index(m) >= i]), f'{name} imports {up}, which come after it'
+
+
+@pytest.mark.parametrize('wing, allowed', [('select', {'torch', 'numpy', 'scipy', 'threadpoolctl'})])
+def test_select_needs_torch_and_scipy_alone(wing, allowed):
+    for name, file in modules().items():
+        if name.startswith(wing + '.'):
+            other = {u.split('.')[0] for u in imports(file, name)} - allowed - {'spectral_curation'} - set(sys.stdlib_module_names)
+            assert not other, (name, other)
+
+
+def test_an_arrow_that_points_up_is_found(tmp_path):
+    "The test above can fail: inside a function, relative or absolute."
+    (file := tmp_path/'x.py').write_text('def f():\n    from ..train.by_index import SALN\n    import spectral_curation.lab.run\n')
+    assert {'spectral_curation.train.by_index', 'spectral_curation.lab.run'} <= imports(file, 'select.x')
+
+
+def test_modules_are_small():
+    "About 250 exported lines: a module is one subject."
+    for name, file in modules().items(): assert len(file.read_text(encoding='utf-8').splitlines()) <= 300, name

@@ -10,8 +10,10 @@ from fastai.data.load import DataLoader
 from sklearn.datasets import load_digits
 from torch import nn
 
-from spectral_curation import reference
-from spectral_curation.reference import *
+from spectral_curation.features.reference import Reference, feature_batches, reference_features
+from spectral_curation.features.store import save_features
+from spectral_curation.features.weights import load_weights, pretrained, read_weights
+from spectral_curation.features import store
 
 n, bs = 160, 16
 
@@ -114,7 +116,7 @@ def killed(cache, when):
     calls = iter(range(99))
     if when == 'reading': features_and_reads(cache, lambda: next(calls) == 5 and die())
     replace = os.replace
-    reference.os.replace = lambda *args: die() if next(calls) == ['shard npy', 'shard json', 'npy', 'json'].index(when) else replace(*args)
+    store.os.replace = lambda *args: die() if next(calls) == ['shard npy', 'shard json', 'npy', 'json'].index(when) else replace(*args)
     features_of(cache)
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
@@ -151,9 +153,9 @@ def test_another_writer_with_other_rounding_comes_between(tmp_path, monkeypatch)
     # another batch size or thread count changes the last bits; the other's file takes the place of ours before our description is written
     x, replace = np.random.default_rng(0).random((8, 2), dtype='float32'), os.replace
     def replace_then_other(*args):
-        replace(*args); monkeypatch.setattr(reference.os, 'replace', replace)
+        replace(*args); monkeypatch.setattr(store.os, 'replace', replace)
         save_features(tmp_path/'f.npy', iter([np.nextafter(x, 2)]), 8, {})
-    monkeypatch.setattr(reference.os, 'replace', replace_then_other)
+    monkeypatch.setattr(store.os, 'replace', replace_then_other)
     np.testing.assert_allclose(save_features(tmp_path/'f.npy', iter([x]), 8, {}), x, rtol=1e-6)
 
 def test_another_process_is_done_first(tmp_path, expect):
@@ -252,7 +254,7 @@ def pickled_in_place(folder):
     features_of(folder); npy = next(folder.glob('*.npy'))
     np.save(npy, np.array([[Bomb(folder/'boom')]], dtype=object), allow_pickle=True)
     side = json.loads(npy.with_suffix('.json').read_text())
-    npy.with_suffix('.json').write_text(json.dumps(side | dict(checksum=reference._sha256(npy), shape=[1, 1])))
+    npy.with_suffix('.json').write_text(json.dumps(side | dict(checksum=store.sha256(npy), shape=[1, 1])))
     return npy
 
 def test_pickle_in_the_cache_is_never_run(tmp_path):

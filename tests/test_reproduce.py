@@ -11,9 +11,13 @@ import pytest
 import torch
 import torchvision
 
-from spectral_curation.bench import digit_files
-from spectral_curation.experiment import grid, read_rows, run_all
-from spectral_curation.reproduce import claims_table, curate_reproduce, describe_rows, execute_notebook, experiment_configs, paper_table, read_figures, save_figures
+from spectral_curation.lab.bench_train import digit_files
+from spectral_curation.lab.grid import grid, run_all
+from spectral_curation.lab.results import read_rows
+from spectral_curation.lab.paper_figures import read_figures, save_figures
+from spectral_curation.lab.paper_tables import claims_table, describe_rows, paper_table
+from spectral_curation.lab.papers import experiment_configs
+from spectral_curation.lab.reproduce import curate_reproduce, execute_notebook
 
 clock = ('seconds', 'data', 'selection', 'training')
 results = Path(__file__).parent.parent/'nbs/experiments/results'
@@ -41,7 +45,7 @@ def test_runs_in_processes_are_the_same_runs(tmp_path, one_thread, monkeypatch):
 
 script = """
 import sys
-from spectral_curation.experiment import grid, run_all
+from spectral_curation.lab.grid import grid, run_all
 if __name__ == '__main__':
     try: run_all(grid(['standard', 'random'], 3, n_train=256, n_valid=32, epochs=2, bs=32, size=16, device='cpu'), sys.argv[1], False, jobs=2)
     except KeyboardInterrupt: sys.exit(130)

@@ -1,0 +1,124 @@
+"Methods by epochs where processes and loaders differ, and training that is killed for good."
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from torch import nn
+
+from spectral_curation.train.by_index import RandomSubset
+from spectral_curation.train.selector import Selector
+from spectral_curation.train.by_epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning
+
+setup = '''
+import hashlib, json, random, sys, time, torch
+from fastai.basics import *
+from spectral_curation.all import *
+
+class Kept(Callback):
+    order, run_valid = 5, False
+    def before_fit(self): self.idxs = []
+    def after_pred(self): self.idxs.append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).kept_idx.tolist())
+
+selectors = dict(ucb=lambda: DynamicPruning('ucb', .6), epsilon_greedy=lambda: DynamicPruning('epsilon_greedy', .6), infobatch=lambda: InfoBatch(.6), short=lambda: StandardShort(.6), static=lambda: StaticPruning(None, .6), top_loss=lambda: TopLoss(.6),
+                 jest=lambda: JEST(.6, torch.arange(90.)/90), selective_backprop=lambda: SelectiveBackprop(.6))
+
+def make(name, num_workers=0):
+    set_seed(0)
+    x = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
+    ds = [(a, (a[0] > 0).long()) for a in x]
+    dls = DataLoaders(DataLoader(ds, bs=16, shuffle=True, num_workers=num_workers), DataLoader(ds[:16], bs=16))
+    return Learner(dls, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(.1), nn.Linear(8, 2)), nn.CrossEntropyLoss(), lr=.1, cbs=selectors[name]())
+
+def weights(learn): return hashlib.sha256(torch.cat([p.detach().flatten() for p in learn.model.parameters()]).numpy().tobytes()).hexdigest()
+def fit(learn, *cbs):
+    kept = Kept()
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(5, .1, cbs=[kept, *cbs])
+    return weights(learn), kept.idxs
+torch.set_num_threads(1)
+'''
+
+
+def test_same_seed_same_run_in_every_process(fresh):
+    code = setup + 'print(json.dumps({name: [fit(make(name, w)) for w in (0, 2)] for name in selectors}))'
+    one, other = fresh(code), fresh(code)
+    assert one == other
+    for name, (alone, with_workers) in one.items(): assert alone == with_workers, name
+    assert len({str(runs) for runs in one.values()}) == len(one)
+
+
+slow = setup + '''
+class Slow(Callback):
+    def after_batch(self): time.sleep(.02)
+fit(make(sys.argv[1]), Slow(), Checkpoint(sys.argv[2]))
+'''
+rest = setup + 'print(json.dumps([fit(make(sys.argv[1])), fit(make(sys.argv[1]), Checkpoint(sys.argv[2]))]))'
+
+
+@pytest.mark.parametrize('name', ['ucb', 'jest'])
+def test_killed_for_good_and_continued(fresh, tmp_path, name):
+    "`kill -9` while batches are trained; another process goes on and ends with the same weights as one that was left alone."
+    f = tmp_path/'run.pt'
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', slow, name, str(f)], cwd=tmp_path)
+    while not f.exists():
+        assert p.poll() is None
+        time.sleep(.01)
+    time.sleep(.05)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert torch.load(f, weights_only=True)['done'] < 5
+    whole, continued = fresh(rest, name, f)
+    assert continued[0] == whole[0] and whole[1][-len(continued[1]):] == continued[1] and len(continued[1]) < len(whole[1])
+
+
+# Loaders that do not read each sample once
+
+class Oversampling(DataLoader):
+    "Reads the last ten samples ten times as often as they are there."
+    def get_idxs(self): return self.rng.choices([*range(90), *[*range(90, 100)]*10], k=self.n)
+
+
+tagged = [(torch.full((3,), float(i)), i % 10) for i in range(100)]     # each sample says which it is
+
+
+class Seen(Callback):
+    order, run_valid = 5, False
+    def before_fit(self): self.given, self.said = [], []
+    def before_batch(self):
+        self.given.append(self.x[:, 0].long().tolist())
+        self.said.append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).idx.tolist())
+
+
+@pytest.mark.parametrize('make', [lambda: DynamicPruning('ucb', .7), lambda: DynamicPruning('random', .7), lambda: InfoBatch(.7), lambda: StaticPruning(None, .7), lambda: StandardShort(.7)])
+@pytest.mark.parametrize('loader', [lambda: Oversampling(tagged, bs=16, num_workers=0), lambda: DataLoader(tagged, bs=16, shuffle=True, drop_last=True), lambda: DataLoader(tagged, bs=1, shuffle=True),
+                                    lambda: DataLoader(tagged, bs=16, num_workers=0, get_idxs=lambda: [5]*40 + [*range(60)])])
+def test_indices_are_those_of_the_samples(make, loader):
+    dl, seen, cb = loader(), Seen(), make()
+    before = (dl.n, dl.bs, dl.drop_last, vars(dl).get('get_idxs'))
+    with Learner(DataLoaders(dl, DataLoader(tagged, bs=16)), nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6, cbs=[cb, seen]).no_bar() as learn, learn.no_logging(): learn.fit(4)
+    assert seen.given == seen.said and seen.given
+    assert (dl.n, dl.bs, dl.drop_last, vars(dl).get('get_idxs')) == before
+    if isinstance(cb, DynamicPruning): assert len(cb.kept_set) == 30
+
+
+@pytest.mark.parametrize('n, bs, r', [(n, bs, r) for n in (2, 5, 16, 33, 100) for bs in (2, 7, 16) for r in (0, .3, .8, .99)])
+def test_short_training_costs_what_a_random_subset_costs(n, bs, r):
+    "Same steps, same sizes, whatever the data set, batch size and ratio; no sample comes back before all were read."
+    if n < bs: pytest.skip('no whole batch')
+    runs = []
+    for cb in (RandomSubset(r), StandardShort(r)):
+        sizes = []
+        class Sizes(Callback):
+            order, run_valid = 5, False
+            def before_batch(self): sizes.append(self.learn.xb[0][:, 0].long().tolist())
+        with Learner(DataLoaders(DataLoader(tagged[:n], bs=bs, shuffle=True, drop_last=True), DataLoader(tagged, bs=16)), nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6, cbs=[cb, Sizes()]).no_bar() as learn, learn.no_logging(): learn.fit(3)
+        runs.append(sizes)
+    assert list(map(len, runs[0])) == list(map(len, runs[1]))
+    if r: # at ratio 0 both are standard training, which drops the rest of an epoch
+        read = sum(runs[1], [])
+        for start in range(0, len(read), n): assert len(set(read[start:start+n])) == len(read[start:start+n])
