@@ -13,8 +13,12 @@ from .select.spectral import *
 from .select.losses import *
 from .select.history import *
 from .features.weights import *
-from .features.store import *
 from .features.processes import *
+from .features.fingerprint import *
+from .features.store import *
+from .features.shards import *
+from .features.model import *
+from .features.extract import *
 from .features.reference import *
 from .train.plan import *
 from .train.loader import *
