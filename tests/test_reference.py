@@ -32,7 +32,8 @@ class Counted(list):
 def digits_dls(num_workers=0, scale=16, change=lambda images: images):
     images = change(torch.tensor(load_digits().images[:n]/scale).float()[:, None].expand(-1, 3, -1, -1))
     items = Counted((x, 0) for x in images)
-    return DataLoaders(DataLoader(items, bs=bs, shuffle=True, num_workers=num_workers), DataLoader(list(items)[:bs], bs=bs))
+    train, valid = DataLoader(items, bs=bs, shuffle=True, num_workers=num_workers), DataLoader(list(items)[:bs], bs=bs)
+    return DataLoaders(train, valid)
 
 class Net(nn.Module):
     "A small model with all that evaluation mode changes; `hook` is called before each batch."
@@ -47,11 +48,13 @@ class Net(nn.Module):
         return self.layers(x)
 
 def features_of(cache, hook=None, shard=1024, bs=bs, dtype='float32', **kwargs):
-    return reference_features(digits_dls(**kwargs), Net(hook), cache=cache, bs=bs, dtype=dtype, progress=False, shard=shard)
+    options, dls = dict(bs=bs, dtype=dtype, progress=False, shard=shard), digits_dls(**kwargs)
+    return reference_features(dls, Net(hook), cache=cache, **options)
 
 def features_and_reads(cache, hook=None, **kwargs):
-    "Features in shards of two batches, and which samples were read for them; those that are looked at again come first."
-    features = reference_features(dls := digits_dls(**kwargs), Net(hook), cache=cache, bs=bs, progress=False, shard=2*bs)
+    "Features in shards of two batches, and which samples were read; those that are looked at again come first."
+    dls = digits_dls(**kwargs)
+    features = reference_features(dls, Net(hook), cache=cache, bs=bs, progress=False, shard=2*bs)
     return features, dls.train.dataset.read
 
 def files(folder):
@@ -72,11 +75,13 @@ def test_safetensors_file_of_every_type(tmp_path):
     safetensors = pytest.importorskip('safetensors.torch')
     floats = {str(t): torch.randn(3, 4).to(t) for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
     ints = {str(t): torch.arange(-3, 7).to(t) for t in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)}
-    odd = dict(bool=torch.tensor([[True, False]]), scalar=torch.tensor(2.5), empty=torch.empty(0, 3), none=torch.empty(2, 0, dtype=torch.int8))
+    odd = dict(bool=torch.tensor([[True, False]]), scalar=torch.tensor(2.5), empty=torch.empty(0, 3),
+               none=torch.empty(2, 0, dtype=torch.int8))
     safetensors.save_file(floats | ints | odd, path := tmp_path/'all.safetensors', metadata=dict(format='pt'))
     ours, theirs = read_weights(path), safetensors.load_file(path)
     assert ours.keys() == theirs.keys()
-    for k in theirs: assert ours[k].dtype == theirs[k].dtype and ours[k].shape == theirs[k].shape and torch.equal(ours[k], theirs[k]), k
+    for k, t in theirs.items():
+        assert ours[k].dtype == t.dtype and ours[k].shape == t.shape and torch.equal(ours[k], t), k
 
 def safetensors_file(path, body=bytes(16), **entries):
     header = json.dumps(entries).encode()
@@ -86,17 +91,19 @@ def safetensors_file(path, body=bytes(16), **entries):
 def test_safetensors_entries_that_share_bytes_are_refused(tmp_path):
     w = dict(dtype='F32', shape=[4], data_offsets=[0, 16])
     path = safetensors_file(tmp_path/'a.safetensors', a=w, b=dict(dtype='F32', shape=[2], data_offsets=[4, 12]))
-    with pytest.raises(ValueError, match='not a complete safetensors file.*copy or download it again'): read_weights(path)
+    with pytest.raises(ValueError, match='not a complete safetensors file.*copy or download it'): read_weights(path)
 
 @pytest.mark.parametrize('dtype', ['F13', 'F6_E2M3'])     # unknown to safetensors, unknown to PyTorch
 def test_safetensors_data_type_that_can_not_be_read(tmp_path, dtype):
     shape, stop = ([4], 16) if dtype == 'F13' else ([16], 12)
-    path = safetensors_file(tmp_path/'a.safetensors', bytes(stop), w=dict(dtype=dtype, shape=shape, data_offsets=[0, stop]))
+    w = dict(dtype=dtype, shape=shape, data_offsets=[0, stop])
+    path = safetensors_file(tmp_path/'a.safetensors', bytes(stop), w=w)
     with pytest.raises(ValueError, match='holds a data type that can not be read'): read_weights(path)
 
 def test_weights_that_were_read_do_not_follow_the_file(tmp_path):
     "The library maps the file."
-    path = safetensors_file(tmp_path/'a.safetensors', struct.pack('<4f', 1, 2, 3, 4), w=dict(dtype='F32', shape=[4], data_offsets=[0, 16]))
+    w = dict(dtype='F32', shape=[4], data_offsets=[0, 16])
+    path = safetensors_file(tmp_path/'a.safetensors', struct.pack('<4f', 1, 2, 3, 4), w=w)
     w = read_weights(path)['w']
     with open(path, 'r+b') as f: f.truncate(len(path.read_bytes())-16); f.seek(0, 2); f.write(bytes(16))
     assert w.tolist() == [1, 2, 3, 4] and read_weights(path)['w'].tolist() == [0]*4
@@ -109,7 +116,8 @@ def test_weights_that_were_read_do_not_follow_the_file(tmp_path):
     dict(shape=[-2, -2]), dict(shape=[-1, -4]),
     dict(shape=[-1, 0], data_offsets=[0, 0]), dict(shape=[2**70, 0], data_offsets=[0, 0]),
     dict(shape=4), dict(shape=['4']), dict(shape=[4.]), dict(dtype=None), dict(dtype=['F32']),
-    dict(data_offsets=[0]), dict(data_offsets=[0, 8, 16]), dict(data_offsets='0:16'), dict(data_offsets=[0., 16.]), dict(data_offsets=None),
+    dict(data_offsets=[0]), dict(data_offsets=[0, 8, 16]), dict(data_offsets='0:16'), dict(data_offsets=[0., 16.]),
+    dict(data_offsets=None),
 ], ids=lambda e: ','.join(f'{k}={v}' for k, v in e.items()))
 def test_safetensors_header_that_lies(tmp_path, entry):
     path = safetensors_file(tmp_path/'lies.safetensors', w=dict(dtype='F32', shape=[4], data_offsets=[0, 16]) | entry)
@@ -117,7 +125,8 @@ def test_safetensors_header_that_lies(tmp_path, entry):
 
 @pytest.mark.parametrize('data', [
     b'', b'\1', struct.pack('<Q', 2**63) + b'{}',
-    struct.pack('<Q', 2) + b'[]', struct.pack('<Q', 4) + b'null', struct.pack('<Q', 7) + b'{"w":1}', struct.pack('<Q', 2) + b'\xff\xfe',
+    struct.pack('<Q', 2) + b'[]', struct.pack('<Q', 4) + b'null', struct.pack('<Q', 7) + b'{"w":1}',
+    struct.pack('<Q', 2) + b'\xff\xfe',
 ])
 def test_file_that_is_no_safetensors(tmp_path, data):
     (path := tmp_path/'no.safetensors').write_bytes(data)
@@ -138,8 +147,8 @@ def killed(cache, when):
     def die(): os.kill(os.getpid(), signal.SIGKILL)
     calls = iter(range(99))
     if when == 'reading': features_and_reads(cache, lambda: next(calls) == 5 and die())
-    replace = os.replace
-    store.os.replace = lambda *args: die() if next(calls) == ['shard npy', 'shard json', 'npy', 'json'].index(when) else replace(*args)
+    replace, fatal = os.replace, ['shard npy', 'shard json', 'npy', 'json'].index(when)
+    store.os.replace = lambda *args: die() if next(calls) == fatal else replace(*args)
     features_of(cache)
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
@@ -198,16 +207,21 @@ def as_nobody(folder):
 
 @pytest.mark.skipif(not hasattr(os, 'setuid'), reason='needs users')
 def test_read_only_folder(expect):
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+    ctx = multiprocessing.get_context('spawn')
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, ctx) as pool:
         (cache := Path(folder)/'cache').mkdir()
         os.chmod(folder, 0o755); cache.chmod(0o555)
-        with pytest.raises(PermissionError, match='its folder .* is read-only; give another folder'): pool.submit(as_nobody, cache).result(60)
-        cache.chmod(0o755); features_of(cache); [f.chmod(0o444) for f in cache.iterdir()]; cache.chmod(0o555)
+        with pytest.raises(PermissionError, match='is read-only; give another folder'):
+            pool.submit(as_nobody, cache).result(60)
+        cache.chmod(0o755)
+        features_of(cache)
+        cache.chmod(0o555)
         np.testing.assert_array_equal(pool.submit(as_nobody, cache).result(60), expect)
         cache.chmod(0o755)
 
 def test_another_writer_with_other_rounding_comes_between(tmp_path, monkeypatch):
-    # another batch size or thread count changes the last bits; the other's file takes the place of ours before our description is written
+    # another batch size or thread count changes the last bits; the other's file takes the place of ours before our
+    # description is written: someone who does not ask for the lock
     x, replace = np.random.default_rng(0).random((8, 2), dtype='float32'), os.replace
     def replace_then_other(*args):
         replace(*args); monkeypatch.setattr(store.os, 'replace', replace)
@@ -284,10 +298,11 @@ def test_damaged_shard_is_made_again(tmp_path, expect, capsys, damage):
 
 def test_description_of_another_file(tmp_path, expect, capsys):
     features_of(tmp_path); npy = next(tmp_path.glob('Net-*.npy'))
-    reference_features(digits_dls(), 'pixels', cache=tmp_path, progress=False); other = next(tmp_path.glob('pixels-*.npy'))
+    reference_features(digits_dls(), 'pixels', cache=tmp_path, progress=False)
+    other = next(tmp_path.glob('pixels-*.npy'))
     shutil.copy(other.with_suffix('.json'), npy.with_suffix('.json'))
     np.testing.assert_array_equal(features_of(tmp_path), expect)
-    shutil.copy(other, npy); shutil.copy(other.with_suffix('.json'), npy.with_suffix('.json'))     # a pair that fits together
+    for end in ('.npy', '.json'): shutil.copy(other.with_suffix(end), npy.with_suffix(end))     # a pair that fits
     np.testing.assert_array_equal(features_of(tmp_path), expect)
     assert capsys.readouterr().out.count("is rebuilt: made for reference 'pixels', wanted 'Net'") == 2
 
@@ -380,7 +395,8 @@ def test_a_module_that_computes_otherwise_by_what_no_hash_sees(tmp_path, capsys)
 # What can be given
 
 def learner(cb):
-    learn = Learner(digits_dls(), nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), loss_func=CrossEntropyLossFlat(), cbs=cb)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    learn = Learner(digits_dls(), net, loss_func=CrossEntropyLossFlat(), cbs=cb)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
 
@@ -401,7 +417,8 @@ class Stream(torch.utils.data.IterableDataset):
 ], ids=['reference_features', 'given features', 'frozen_loader', 'feature_batches', 'dataset_fingerprint'])
 def test_iterable_data_set(use):
     dls = DataLoaders(DataLoader(Stream(), bs=4), DataLoader(Stream(), bs=4))
-    with pytest.raises(TypeError, match=r'Stream can only be iterated: it needs __len__ and __getitem__.*list\(dataset\)'): use(dls)
+    words = r'Stream can only be iterated: it needs __len__ and __getitem__.*list\(dataset\)'
+    with pytest.raises(TypeError, match=words): use(dls)
 
 def test_empty_training_set():
     dls = DataLoaders(DataLoader([], bs=4), DataLoader([], bs=4))
@@ -419,7 +436,8 @@ def pair():
         yield run
 
 def in_group(rank, f, folder, *args):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2,
+                            timeout=timedelta(seconds=60))
     try: return f(rank, folder, *args)
     finally: dist.destroy_process_group()
 
@@ -451,7 +469,8 @@ def test_error_on_one_rank_is_an_error_on_all(tmp_path, pair, expect, bad):
 
 def apart(rank, folder): return features_and_reads(folder/f'{rank}')
 def test_ranks_without_a_common_folder(tmp_path, pair):
-    for e in pair(apart, tmp_path): assert isinstance(e, (FileNotFoundError, RuntimeError)) and 'the ranks must share the folder' in str(e)
+    for e in pair(apart, tmp_path):
+        assert isinstance(e, (FileNotFoundError, RuntimeError)) and 'the ranks must share the folder' in str(e)
 
 def own_data(rank, folder):
     dls = digits_dls()
@@ -488,10 +507,13 @@ def test_model_is_evaluated_and_left_as_it_was(expect):
 
 def test_flags_are_restored_after_an_error():
     def fail(): raise RuntimeError('in the model')
-    with pytest.raises(RuntimeError, match='in the model'): reference_features(digits_dls(), model := Net(fail), cache=False, progress=False)
+    model = Net(fail)
+    with pytest.raises(RuntimeError, match='in the model'):
+        reference_features(digits_dls(), model, cache=False, progress=False)
     assert all(m.training for m in model.modules())
 
-def test_worker_processes_change_nothing(expect): np.testing.assert_array_equal(features_of(False, num_workers=2), expect)
+def test_worker_processes_change_nothing(expect):
+    np.testing.assert_array_equal(features_of(False, num_workers=2), expect)
 
 # Real weights
 
