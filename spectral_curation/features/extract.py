@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frozen_loader', 'feature_batches']
 
-# %% ../../nbs/features/06_extract.ipynb #a64122af
+# %% ../../nbs/features/06_extract.ipynb #e6f9598f
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from typing import Callable, Iterator, Optional
@@ -65,7 +65,7 @@ def feature_batches(
             if device.type != 'cuda' or len(waiting) > 1: yield _arrived(*waiting.popleft(), ref)
         while waiting: yield _arrived(*waiting.popleft(), ref)
 
-# %% ../../nbs/features/06_extract.ipynb #0fe27d0f
+# %% ../../nbs/features/06_extract.ipynb #9d7aa711
 def _to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     "Start copying to the CPU; the function returned waits for the copies."
     if tensors[0].device.type != 'cuda': return lambda: [t.cpu() for t in tensors]

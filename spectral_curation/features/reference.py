@@ -64,7 +64,7 @@ def _still_missing(shards: Shards, read: FeatureReader) -> Optional[list]: # Non
         return missing_shards(shards, read)
     shards.remove()
 
-# %% ../../nbs/features/07_reference.ipynb #be18946a
+# %% ../../nbs/features/07_reference.ipynb #8455325a
 def _ranks_that_share(name: str) -> tuple[int, int]: # rank, number of processes
     "All processes where they want the same file; each for itself where they want different ones."
     rank, world_size = process_rank()
@@ -85,7 +85,7 @@ def _check_common_folder(path: Path, rank: int, world_size: int) -> None:
     finally:
         if rank == 0: sign.unlink(missing_ok=True)
 
-# %% ../../nbs/features/07_reference.ipynb #89d5121c
+# %% ../../nbs/features/07_reference.ipynb #e17ee662
 FeatureSource = Union[str, Path, nn.Module, np.ndarray, Tensor, Sequence, None]
 
 def reference_features(

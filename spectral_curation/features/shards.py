@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FeatureReader', 'evenly_spread', 'same_features', 'Shards', 'checked_features', 'missing_shards', 'extract_shards']
 
-# %% ../../nbs/features/04_shards.ipynb #48835473
+# %% ../../nbs/features/04_shards.ipynb #a430ba5d
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from .store import StaleFeatures, load_features, save_features
 
-# %% ../../nbs/features/04_shards.ipynb #818c6604
+# %% ../../nbs/features/04_shards.ipynb #fb0ef915
 def evenly_spread(
     n: int, # numbers to choose from
     k: int=16, # how many at most
@@ -88,8 +88,8 @@ def _first_rows(batches: Iterator[np.ndarray], n: int) -> Iterator[np.ndarray]:
         yield b
         n -= len(b)
 
-# %% ../../nbs/features/04_shards.ipynb #80169294
-FeatureReader = Callable[[list[int]], Iterator[np.ndarray]]      # indices of samples -> their features, in batches [<=bs, d]
+# %% ../../nbs/features/04_shards.ipynb #f11a5fb5
+FeatureReader = Callable[[list[int]], Iterator[np.ndarray]]      # sample numbers -> features, in batches [<=bs, d]
 
 def _check_against_model(stored: np.ndarray, idxs: list[int], read: FeatureReader) -> None:
     if not same_features(stored, np.concatenate(list(read(idxs)))): raise StaleFeatures(
@@ -125,7 +125,7 @@ def missing_shards(
     if usable: print(f"{shards.folder.name}: resumed, {len(usable)} of {len(shards.all)} are there")
     return [shard for shard in shards.all if shard not in usable]
 
-# %% ../../nbs/features/04_shards.ipynb #16bed523
+# %% ../../nbs/features/04_shards.ipynb #3051c82a
 def extract_shards(
     shards: Shards, # of the file
     missing: list[tuple[int, int]], # those to extract, ascending
