@@ -165,7 +165,7 @@ def test_cache_survives_a_kill(tmp_path, expect, capsys, when):
         features, read = features_and_reads(tmp_path)
         looked_at = evenly_spread(4*bs)
         assert read == looked_at + [*range(4*bs, n)]    # 16 of the finished shards' samples
-        assert 'resumed, 2 of 5 are there' in capsys.readouterr().out
+        assert 'resumed, 2 of 5 shards are done' in capsys.readouterr().out
         np.testing.assert_array_equal(features, expect)
     for _ in range(2): np.testing.assert_array_equal(features_of(tmp_path), expect)
     assert 'waits for' not in capsys.readouterr().out
@@ -248,7 +248,7 @@ def test_shards_of_other_images_are_not_used(tmp_path, capsys):
     (folder/'0000000-0000032.npy.1-ab.tmp').write_bytes(b'half')
     features, read = features_and_reads(tmp_path, scale=32)
     assert read == evenly_spread(4*bs) + [*range(n)]
-    assert '2 extracted again: the model gives other features for 16 of its samples' in capsys.readouterr().out
+    assert '2 of 5 shards are extracted again: the model gives other features' in capsys.readouterr().out
     np.testing.assert_array_equal(features, features_and_reads(False, scale=32)[0])
     assert not folder.exists()
 
@@ -293,7 +293,8 @@ def test_damaged_shard_is_made_again(tmp_path, expect, capsys, damage):
     npy = stopped(tmp_path)/'0000032-0000064.npy'
     damage(npy, npy.with_suffix('.json'))
     features, read = features_and_reads(tmp_path)
-    assert read == evenly_spread(2*bs) + [*range(2*bs, n)] and '.shards: 1 extracted again: ' in capsys.readouterr().out
+    assert read == evenly_spread(2*bs) + [*range(2*bs, n)]
+    assert '1 of 5 shards are extracted again: ' in capsys.readouterr().out
     np.testing.assert_array_equal(features, expect)
 
 def test_description_of_another_file(tmp_path, expect, capsys):

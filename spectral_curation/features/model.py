@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pixels', 'ReferenceInput', 'Reference']
 
-# %% ../../nbs/features/05_model.ipynb #12e7fd6b
+# %% ../../nbs/features/05_model.ipynb #88c20c2d
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
@@ -37,7 +37,7 @@ def _opened(reference: Union[str, Path, nn.Module]) -> tuple[nn.Module, str, str
     # the model is ours, so its layout is ours to choose: a third faster or more
     return model.to(memory_format=torch.channels_last), name, 'imagenet'
 
-# %% ../../nbs/features/05_model.ipynb #e02c77c2
+# %% ../../nbs/features/05_model.ipynb #0e6096cc
 @lru_cache
 def _imagenet_mean_and_std(device: torch.device) -> list[Tensor]:
     return [torch.tensor(s, device=device)[:, None, None] for s in imagenet_stats]
@@ -79,9 +79,8 @@ class ReferenceInput:
 
 # %% ../../nbs/features/05_model.ipynb #c1a9a499
 class Reference(ReferenceInput):
-    """A frozen model that gives features, its name, and the input it expects. Raises `TypeError` for what is no
-    reference, `ValueError` for an unknown name, an unfit file or a size below 1, `FileNotFoundError` for weights that
-    can't be found."""
+    """A frozen model that gives features. Raises `TypeError` for what is no reference, `ValueError` for an unknown
+    name, an unfit file or a size below 1, `FileNotFoundError` for weights that can't be found."""
     def __init__(self,
         reference: Union[str, Path, nn.Module], # torchvision name, weights file, 'pixels', or a module
         size: Optional[int]=None, # side in pixels to which images are resized for the reference; None: as they are
@@ -120,7 +119,7 @@ class Reference(ReferenceInput):
         "The model on `device` in evaluation mode, and afterwards as it was."
         with _evaluating_on(self.model, device): yield self
 
-# %% ../../nbs/features/05_model.ipynb #4e16796d
+# %% ../../nbs/features/05_model.ipynb #6243f1d3
 @contextmanager
 def _evaluating_on(model: nn.Module, device: torch.device) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .processes import all_or_none, from_all, from_first, process_rank
 from .fingerprint import dataset_fingerprint, fingerprint, model_fingerprint, n_samples
 from .store import StaleFeatures, check_features, locked
-from .shards import FeatureReader, Shards, checked_features, extract_shards, missing_shards
+from .shards import (FeatureReader, Shards, checked_features, extract_shards, merge_shards,
+                                               missing_shards)
 from .model import Reference
 from .extract import feature_batches
 
@@ -49,7 +50,7 @@ def _extracted(shards: Shards, read: FeatureReader) -> np.ndarray: # [N, d], mem
             with together():
                 if missing and missing[rank::world_size]: extract_shards(shards, missing[rank::world_size], read)
             with together():
-                if rank == 0 and missing is not None: shards.merge()
+                if rank == 0 and missing is not None: merge_shards(shards)
     with together(): return np.load(_seen(shards.path, rank), mmap_mode='r', allow_pickle=False)
 
 def _is_finished(shards: Shards, read: FeatureReader) -> bool:
@@ -64,7 +65,7 @@ def _still_missing(shards: Shards, read: FeatureReader) -> Optional[list]: # Non
         return missing_shards(shards, read)
     shards.remove()
 
-# %% ../../nbs/features/07_reference.ipynb #8455325a
+# %% ../../nbs/features/07_reference.ipynb #476eff9c
 def _ranks_that_share(name: str) -> tuple[int, int]: # rank, number of processes
     "All processes where they want the same file; each for itself where they want different ones."
     rank, world_size = process_rank()
@@ -85,7 +86,7 @@ def _check_common_folder(path: Path, rank: int, world_size: int) -> None:
     finally:
         if rank == 0: sign.unlink(missing_ok=True)
 
-# %% ../../nbs/features/07_reference.ipynb #e17ee662
+# %% ../../nbs/features/07_reference.ipynb #0ebd740e
 FeatureSource = Union[str, Path, nn.Module, np.ndarray, Tensor, Sequence, None]
 
 def reference_features(

@@ -40,7 +40,7 @@ def atomic_write(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../../nbs/features/03_store.ipynb #8cae6ba6
+# %% ../../nbs/features/03_store.ipynb #b7c3b904
 @contextmanager
 def locked(
     path: Union[str, Path], # the file that is worked on; its folder is made, the lock is `<name>.lock` beside it
@@ -68,7 +68,7 @@ def _check_writable(path: Path) -> None:
     if not os.access(path.parent, os.W_OK): raise PermissionError(
         f"{path.name} can not be written: its folder {path.parent} is read-only; give another folder")
 
-# %% ../../nbs/features/03_store.ipynb #7c6bb214
+# %% ../../nbs/features/03_store.ipynb #5ea80593
 class StaleFeatures(ValueError):
     "A feature file that must not be used; the message says why."
 
@@ -128,7 +128,7 @@ def forget_pages(
     mapped = getattr(features, '_mmap', None)
     if mapped is not None and hasattr(mmap, 'MADV_DONTNEED'): mapped.madvise(mmap.MADV_DONTNEED)
 
-# %% ../../nbs/features/03_store.ipynb #864fae10
+# %% ../../nbs/features/03_store.ipynb #a18db434
 class RowReader:
     """Rows of features: those of a memory-mapped file are read, not mapped. A page that is mapped brings its neighbours
     along and has to be given back: for rows of 4 KB in a file of 5 GB, in random order, 9 to 12 microseconds a row and
