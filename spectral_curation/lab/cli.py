@@ -14,7 +14,8 @@ import torch
 from fastai.torch_core import default_device
 
 from ..select.ratio import check_filter_ratio
-from ..features.reference import Reference, default_reference
+from ..features.model import Reference
+from ..features.reference import default_reference
 from ..train.learner import curated_learner
 from .data import datasets
 from .config import Config, dataset_defaults, forms, methods

@@ -19,7 +19,9 @@ from fastai.torch_core import set_seed
 from .. import __version__
 from ..features.weights import head_name
 from ..features.store import atomic_write
-from ..features.reference import Reference, default_reference, frozen_loader
+from ..features.model import Reference
+from ..features.extract import frozen_loader
+from ..features.reference import default_reference
 from ..train.forward import evaluating, forward_flops
 from ..train.selector import Selector
 from ..train.by_index import SALN

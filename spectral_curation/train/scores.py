@@ -19,7 +19,8 @@ from torch import Tensor
 from ..select.history import ForgettingCounter, el2n_scores, grand_last_layer_scores, grand_scores
 from ..features.weights import head_name
 from ..features.store import StaleFeatures, load_features, save_features
-from ..features.reference import Reference, feature_batches, frozen_loader
+from ..features.model import Reference
+from ..features.extract import feature_batches, frozen_loader
 from .selector import BatchSelector
 from .by_epoch import EpochSelector, StandardShort
 
