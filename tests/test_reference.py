@@ -384,6 +384,7 @@ def test_modules_of_equal_repr_and_weights_do_not_share_a_cache(tmp_path):
     assert repr(other()) == repr(Signed())
     plain, negative = (reference_features(digits_dls(), m, cache=tmp_path, progress=False) for m in (Signed(), other()))
     np.testing.assert_array_equal(negative, -plain)
+    assert len([*tmp_path.glob('*.npy')]) == 2
     np.testing.assert_array_equal(reference_features(digits_dls(), Signed(), cache=tmp_path, progress=False), plain)
 
 def test_a_module_that_computes_otherwise_by_what_no_hash_sees(tmp_path, capsys):
