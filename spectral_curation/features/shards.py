@@ -10,7 +10,7 @@ __all__ = ['FeatureReader', 'evenly_spread', 'same_features', 'Shards', 'checked
 import shutil
 from contextlib import closing
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator
 
 import numpy as np
 
