@@ -19,7 +19,7 @@ def _text_or_file(text: str) -> Union[str, tuple]:
     try: status = os.stat(text) if '/' in text or os.sep in text else None
     except (OSError, ValueError): status = None
     if status is None or not stat.S_ISREG(status.st_mode): return text
-    return '/'.join(Path(text).parts[-3:]), status.st_size, status.st_mtime_ns
+    return text.replace(os.sep, '/').split('/')[-3:], status.st_size, status.st_mtime_ns
 
 def _without_addresses(text: str) -> str: return re.sub(r' at 0x[0-9a-fA-F]+', '', text)
 
