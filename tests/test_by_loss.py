@@ -1,5 +1,6 @@
 "Selectors by loss: the count follows the ratio in force, and what can't be scored is refused before the first step."
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -18,8 +19,8 @@ x = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
 y = torch.arange(n) % classes
 losses = torch.rand(n, generator=torch.Generator().manual_seed(1))
 outputs = torch.randn(n, classes, generator=torch.Generator().manual_seed(2))
-makers = dict(top_loss=TopLoss, selective_backprop=SelectiveBackprop, rho=lambda r: RHO(r, losses), jest=lambda r: JEST(r, outputs),
-              jest_pairs=lambda r: JEST(r, outputs, pairs=True), jest_hard=lambda r: JEST(r, method='hard'))
+cases = dict(top_loss=(TopLoss, {}), selective_backprop=(SelectiveBackprop, {}), rho=(RHO, dict(reference=losses)),
+             jest=(JEST, dict(reference=outputs)), jest_pairs=(JEST, dict(reference=outputs, pairs=True)), jest_hard=(JEST, dict(method='hard')))
 
 
 def learner(selector, loss_func=None):
@@ -46,48 +47,54 @@ class Count(Callback):
     def before_batch(self): self.kept.append(len(self.x))
 
 
-@pytest.mark.parametrize('name', makers)
-def test_the_count_follows_a_scheduled_ratio(name):
-    selector, count = makers[name](.5), Count()
-    selector.ratio_at = lambda pct, batch=0: .8 - .1*batch
-    fit(learner(selector), cbs=[count])
+def scheduled(cls, schedule):
+    "A subclass whose filter ratio follows a schedule."
+    class Scheduled(cls):
+        def ratio_at(self, pct, batch=0): return schedule(pct, batch)
+    return Scheduled
+
+
+@pytest.mark.parametrize('cls, kwargs', cases.values(), ids=cases)
+def test_the_count_follows_a_scheduled_ratio(cls, kwargs):
+    count = Count()
+    fit(learner(scheduled(cls, lambda pct, batch: .8 - .1*batch)(.5, **kwargs)), cbs=[count])
     assert count.kept == [4, 6, 8, 10]*2
 
 
-@pytest.mark.parametrize('name', makers)
-def test_the_count_is_the_one_that_was_asked_for(name):
-    "However the base decides how many stay: the choice has no count of its own."
-    selector = makers[name](.9)
+@pytest.mark.parametrize('cls, kwargs', cases.values(), ids=cases)
+def test_the_choice_has_no_count_of_its_own(cls, kwargs):
+    "However the base decides how many stay, as many are chosen as `select` is asked for."
     asked = []
-    def before_batch():
-        type(selector).before_batch(selector)
-    class Ask(Callback):
+    class Three(cls):
+        def select(self, idx, k):
+            asked.append(len(super().select(idx, 3)))
+            return super().select(idx, k)
+    fit(learner(Three(.9, **kwargs)), 1)
+    assert asked == [3]*4
+
+
+def test_another_reference_takes_effect():
+    "Given to a selector that was prepared for one on the same data."
+    class References(Callback):
         order, run_valid = 5, False
-        def before_batch(self):
-            if len(self.x) < 2: return
-    learn = learner(selector)
-    seen = []
-    select = selector.select
-    def three(idx, k):
-        seen.append(len(select(idx, 3)))
-        return select(idx, k)
-    selector.select = three
-    fit(learn, 1)
-    assert seen == [3]*4
+        def before_batch(self): seen.append(torch.equal(self.rho.reference_losses(), self.rho.reference[self.rho.idx]))
+    seen, learn = [], learner(RHO(.5, losses))
+    fit(learn, 1, [References()])
+    learn.rho.reference = -losses
+    fit(learn, 1, [References()])
+    assert seen == [True]*8
 
 
-@pytest.mark.parametrize('make', [lambda ref: JEST(.5, ref), lambda ref: JEST(.5, ref, pairs=True), lambda ref: RHO(.5, ref)])
+@pytest.mark.parametrize('cls, kwargs', [(JEST, {}), (JEST, dict(pairs=True)), (RHO, {})])
 @pytest.mark.parametrize('columns', [1, 2, 5])
-def test_a_reference_with_other_classes(make, columns):
-    learn = learner(make(torch.randn(n, columns)))
+def test_a_reference_with_other_classes(cls, kwargs, columns):
+    learn = learner(cls(.5, torch.randn(n, columns), **kwargs))
     with pytest.raises(ValueError, match=f'{columns} columns.*3'): fit(learn)
     assert untouched(learn)
 
 
 def test_a_reference_with_other_classes_is_refused_even_where_selection_begins_later():
-    selector = RHO(.5, torch.randn(n, 5))
-    selector.ratio_at = lambda pct, batch=0: 0. if pct < .5 else .5
-    learn = learner(selector)
+    learn = learner(scheduled(RHO, lambda pct, batch: 0. if pct < .5 else .5)(.5, torch.randn(n, 5)))
     with pytest.raises(ValueError, match='5 columns'): fit(learn)
     assert untouched(learn)
 
@@ -102,8 +109,12 @@ def mean_only(pred, y): return F.cross_entropy(pred, y)
 def mean_whatever(pred, y, reduction='mean'): return F.cross_entropy(pred, y)
 
 
-@pytest.mark.parametrize('loss_func, words', [(mean_only, "mean_only can't give one loss a sample"), (mean_whatever, 'one loss a sample')])
-@pytest.mark.parametrize('make', [lambda: TopLoss(.5), lambda: SelectiveBackprop(.5, start=.5), lambda: RHO(.5, losses), lambda: JEST(.5, losses)])
+refused_losses = [(mean_only, "mean_only can't give one loss a sample"), (mean_whatever, 'one loss a sample')]
+
+
+@pytest.mark.parametrize('loss_func, words', refused_losses)
+@pytest.mark.parametrize('make', [partial(TopLoss, .5), partial(SelectiveBackprop, .5, start=.5), partial(RHO, .5, losses),
+                                  partial(JEST, .5, losses)])
 def test_a_loss_that_gives_only_the_mean_is_refused_before_the_first_step(make, loss_func, words):
     learn = learner(make(), loss_func)
     with pytest.raises(TypeError, match=words): fit(learn)

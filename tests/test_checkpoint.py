@@ -13,14 +13,16 @@ from torch import nn
 from spectral_curation.train.by_index import RandomSubset
 from spectral_curation.train.checkpoint import Checkpoint
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 x, y = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
 
 
 def learner(path, seed=0, device='cpu', opt_func=Adam):
     set_seed(seed)
     data = list(zip(x, y))
-    dls = DataLoaders(DataLoader(data, bs=20, shuffle=True, device=device), DataLoader(data[:20], bs=20, device=device), device=device)
-    return Learner(dls, nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3)).to(device), CrossEntropyLossFlat(), lr=.1, opt_func=opt_func, cbs=[RandomSubset(.5), Checkpoint(path)])
+    loaders = DataLoader(data, bs=20, shuffle=True, device=device), DataLoader(data[:20], bs=20, device=device)
+    model, cbs = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3)).to(device), [RandomSubset(.5), Checkpoint(path)]
+    return Learner(DataLoaders(*loaders, device=device), model, CrossEntropyLossFlat(), lr=.1, opt_func=opt_func, cbs=cbs)
 
 
 def fit(learn, epochs=3):
@@ -32,7 +34,7 @@ class Stopped(Exception): pass
 
 def stopped(learn, epochs=3):
     "The same training, broken off after the first epoch is saved."
-    def stop(): raise Stopped
+    def stop(): raise Stopped('by the test')
     checkpoint = learn.checkpoint
     after_epoch = checkpoint.after_epoch
     checkpoint.after_epoch = lambda: (after_epoch(), stop())
@@ -48,7 +50,7 @@ def tensors(o):
 
 
 def test_the_optimizers_state_lies_where_its_parameters_do(tmp_path):
-    "The file is read to the CPU; a learner whose parameters lie elsewhere (here: nowhere, on the meta device) gets its state there."
+    "The file is read to the CPU; parameters that lie elsewhere, here on the meta device, get their state there."
     from spectral_curation.train.checkpoint import load_optimizer_state
     first = learner(tmp_path/'run.pt')
     stopped(first)
@@ -61,7 +63,7 @@ def test_the_optimizers_state_lies_where_its_parameters_do(tmp_path):
 
 
 @pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))])
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
 def test_stopped_and_continued(tmp_path, device, opt_func):
     whole = learner(tmp_path/'whole.pt', device=device, opt_func=opt_func)
     fit(whole)
