@@ -103,7 +103,7 @@ def test_indices_are_those_of_the_samples(make, loader):
     with Learner(DataLoaders(dl, DataLoader(tagged, bs=16)), nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6, cbs=[cb, seen]).no_bar() as learn, learn.no_logging(): learn.fit(4)
     assert seen.given == seen.said and seen.given
     assert (dl.n, dl.bs, dl.drop_last, vars(dl).get('get_idxs')) == before
-    if isinstance(cb, DynamicPruning): assert len(cb.kept_set) == 30
+    if isinstance(cb, DynamicPruning): assert len(cb.rule.kept) == 30
 
 
 @pytest.mark.parametrize('n, bs, r', [(n, bs, r) for n in (2, 5, 16, 33, 100) for bs in (2, 7, 16) for r in (0, .3, .8, .99)])

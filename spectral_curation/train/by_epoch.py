@@ -68,8 +68,8 @@ class EpochSelector(Selector):
         return getattr(self.dl, 'partial_n', None) or self.dl.n     # fastai's `PartialDL` reads partial_n
 
     def watch_loader(self) -> IndexWatch:
-        size, watch = self.epoch_size() if not self.filter_ratio else 0, super().watch_loader()
-        self.offered = size if self.plan is None else self.plan.offered
+        watch = super().watch_loader()
+        self.offered = self.epoch_size() if self.plan is None else self.plan.offered
         return watch
 
     def before_batch(self):

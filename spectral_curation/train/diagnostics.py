@@ -101,8 +101,8 @@ class SelectionLog(Callback):
 
 def _has_fiedler_vector(s: Selector) -> bool:
     "Was the vector of this batch's plain graph computed?"
-    if not isinstance(s, SALN) or s.vector is None or (s.laplacian, s.graph) != ('unnormalized', 'full'): return False
-    return len(s.vector) == len(s.idx) > len(s.positions)
+    if not isinstance(s, SALN) or (s.laplacian, s.graph) != ('unnormalized', 'full'): return False
+    return len(s.idx) > len(s.positions) and s.vector is not None
 
 # %% ../../nbs/train/12_diagnostics.ipynb #dgsummary
 @patch

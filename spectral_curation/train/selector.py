@@ -108,7 +108,7 @@ class SampleAccounts(Callback):
         "Cost of this epoch so far, in learner forward passes over one sample."
         return (self.scoring_cost or 0)*self.scored + 3*self.trained
 
-# %% ../../nbs/train/05_selector.ipynb #c897a036
+# %% ../../nbs/train/05_selector.ipynb #e3f10740
 class NotExported: "Stands in an exported learner for arrays and models, which are too large to travel with it."
 
 def same_source(
@@ -204,7 +204,7 @@ class SelectorEvents(SelectorState):
         watch, self.watch = vars(self).get('watch'), None
         if watch: watch.stop()
 
-# %% ../../nbs/train/05_selector.ipynb #c8f38410
+# %% ../../nbs/train/05_selector.ipynb #6b187cc6
 class Selector(SelectorEvents):
     "What all selectors share: a plan for each epoch, and the indices of each batch. Subclasses plan in `make_plan`."
     def make_plan(self,
@@ -215,12 +215,12 @@ class Selector(SelectorEvents):
 
     def watch_loader(self) -> IndexWatch:
         "The watch over this epoch's indices; with it comes the plan."
-        check_loader(self.dl)
-        self.plan, self.bs = None, self.dl.bs
+        self.plan = None
         self.this_epoch = Epoch(self.epochs_begun, self.seed, self.rank, self.pct_train, self.n_epoch)
         return IndexWatch(self.dl, self._batches_to_read if self.filter_ratio else None)
 
     def _batches_to_read(self, draw: Callable) -> list[list[int]]:
+        self.bs = self.dl.bs        # the loader's own, before it reads what is planned
         self.plan = self.make_plan(draw)
         return self.plan.to_read(candidates=not self.before_decode)
 
