@@ -27,7 +27,8 @@ class Seen(Callback):
     order, run_valid = 5, False
     def before_fit(self): self.given, self.claimed = [], []
     def before_batch(self):
-        self.given.append(self.x[:, 0, 0, 0].long().tolist()); self.claimed.append(self.learn.random_subset.kept_idx.tolist())
+        self.given.append(self.x[:, 0, 0, 0].long().tolist())
+        self.claimed.append(self.learn.random_subset.kept_idx.tolist())
 
 # Processes
 
@@ -40,7 +41,8 @@ from spectral_curation.train.by_index import RandomSubset, SALN
 class Kept(Callback):
     order, run_valid = 5, False
     def before_fit(self): self.idxs = []
-    def before_batch(self): self.idxs.append(next(cb for cb in self.learn.cbs if hasattr(cb, 'kept_idx')).kept_idx.tolist())
+    def before_batch(self):
+        self.idxs.append(next(cb for cb in self.learn.cbs if hasattr(cb, 'kept_idx')).kept_idx.tolist())
 
 def run(selector, num_workers, seed):     # the seed is the selector's
     set_seed(0)
@@ -54,7 +56,8 @@ def run(selector, num_workers, seed):     # the seed is the selector's
     return hashlib.sha256(weights.numpy().tobytes()).hexdigest(), kept.idxs
 
 torch.set_num_threads(1)
-print(json.dumps({f'{s} {seed}': [run(s, w, seed) for w in (0, 2)] for s, seed in (('random', 0), ('random', 1), ('extremes', 0), ('stratified', 0))}))
+print(json.dumps({f'{s} {seed}': [run(s, w, seed) for w in (0, 2)] for s,
+                  seed in (('random', 0), ('random', 1), ('extremes', 0), ('stratified', 0))}))
 '''
 
 def test_same_seed_same_run_in_every_process(fresh):
@@ -77,7 +80,8 @@ print(json.dumps([preds.tolist(), [m for m in sys.modules if m.startswith('spect
 def test_exported_learner_predicts_the_same_in_a_fresh_process(fresh, tmp_path):
     x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
     items = [dict(x=a, y=int(a[0] > 0)) for a in x]
-    dls = Datasets(items, [[itemgetter('x')], [itemgetter('y')]], splits=(range(48), range(48, 60))).dataloaders(bs=16, num_workers=0, device='cpu')
+    dls = Datasets(items, [[itemgetter('x')], [itemgetter('y')]], splits=(range(48), range(48, 60))).dataloaders(bs=16,
+            num_workers=0, device='cpu')
     learn = Learner(dls, nn.Linear(6, 2), nn.CrossEntropyLoss(), lr=.1, cbs=SALN(.5, features=x[:48]), path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(2)
@@ -93,18 +97,25 @@ class Oversampling(DataLoader):
     "Reads the last ten samples ten times as often as they are there."
     def get_idxs(self): return self.rng.choices([*range(90), *[*range(90, 100)]*10], k=self.n)
 
-def datasets(): return Datasets([dict(x=x, y=y) for x, y in tagged], [[itemgetter('x')], [itemgetter('y')]], splits=(range(100), range(20)))
+def datasets():
+    return Datasets([dict(x=x, y=y) for x, y in tagged], [[itemgetter('x')], [itemgetter('y')]],
+                    splits=(range(100), range(20)))
 def weighted(): return datasets().weighted_dataloaders(np.arange(100.)**2, bs=16, num_workers=0, device='cpu')
 def partial_epochs(): return datasets().partial_dataloaders(70, bs=16, num_workers=0, device='cpu')
 def oversampled(): return DataLoaders(Oversampling(tagged, bs=16, num_workers=0), DataLoader(tagged, bs=16))
-def given_order(): return DataLoaders(DataLoader(tagged, bs=16, num_workers=0, get_idxs=lambda: [5]*40 + [*range(60)]), DataLoader(tagged, bs=16))
+def given_order():
+    return DataLoaders(DataLoader(tagged, bs=16, num_workers=0, get_idxs=lambda: [5]*40 + [*range(60)]),
+                       DataLoader(tagged, bs=16))
 
-@pytest.mark.parametrize('dls, repeats', [(weighted, True), (partial_epochs, False), (oversampled, True), (given_order, True)])
+@pytest.mark.parametrize('dls, repeats',
+                         [(weighted, True), (partial_epochs, False), (oversampled, True), (given_order, True)])
 @pytest.mark.parametrize('filter_ratio', [0, .5])
 def test_indices_are_those_of_the_images(dls, repeats, filter_ratio):
     dls, seen = dls(), Seen()
     before = vars(dls.train).get('get_idxs')
-    with Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), nn.CrossEntropyLoss(), lr=1e-6, cbs=[RandomSubset(filter_ratio), seen]).no_bar() as l, l.no_logging(): l.fit(2)
+    with Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), nn.CrossEntropyLoss(), lr=1e-6,
+                 cbs=[RandomSubset(filter_ratio), seen]).no_bar() as l, l.no_logging():
+        l.fit(2)
     assert seen.claimed == seen.given and len(seen.claimed) == 2*len(dls.train)
     epoch = sum(seen.claimed[:len(dls.train)], [])
     assert (len(set(epoch)) < len(epoch)) == repeats
@@ -138,7 +149,8 @@ def trained(cb, dls, epochs=1, cbs=()):
     return steps.sizes
 
 
-by_batch = dict(random=RandomSubset, in_batch=lambda r: RandomSubset(r, before_decode=False), own=Contrast, loss=TopLoss,
+by_batch = dict(random=RandomSubset, in_batch=lambda r: RandomSubset(r, before_decode=False), own=Contrast,
+                loss=TopLoss,
                 backprop=SelectiveBackprop, jest=lambda r: JEST(r, method='hard', n_chunks=2),
                 saln=lambda r, n: SALN(r, features=features(n)), gstds=lambda r, n: GSTDS(r, features=features(n)),
                 short=StandardShort)
@@ -250,7 +262,8 @@ def test_a_batch_that_holds_strings(before_decode):
     items = [({'text': 'a'*i, 'ids': torch.full((3,), float(i))}, i % 2) for i in range(40)]
     dls = DataLoaders(DataLoader(items, bs=8, shuffle=True), DataLoader(items, bs=8))
     cb = RandomSubset(.5, before_decode=before_decode)
-    with Learner(dls, Texts(), CrossEntropyLossFlat(), lr=.01, cbs=cb).no_bar() as learn, learn.no_logging(): learn.fit(1)
+    with Learner(dls, Texts(), CrossEntropyLossFlat(), lr=.01, cbs=cb).no_bar() as learn, learn.no_logging():
+        learn.fit(1)
     assert cb.trained == 20
 
 
@@ -258,10 +271,14 @@ class Stream:
     def __iter__(self): return iter(tagged)
 
 
-@pytest.mark.parametrize('make', [lambda: BatchSelector(0.), lambda: RandomSubset(.5), lambda: SALN(.5, features=features()),
+@pytest.mark.parametrize('make',
+                         [lambda: BatchSelector(0.), lambda: RandomSubset(.5), lambda: SALN(.5, features=features()),
                                   lambda: InfoBatch(.5), lambda: StandardShort(.5), lambda: TopLoss(.5)])
 def test_a_data_set_without_length(make):
     "Refused before the first epoch, with the type of the data set."
-    learn = Learner(DataLoaders(DataLoader(Stream(), bs=16), DataLoader(tagged, bs=16)), Normalized(), CrossEntropyLossFlat(), cbs=make())
-    with learn.no_bar(), learn.no_logging(), pytest.raises(TypeError, match='data set of type Stream, without a length'): learn.fit(1)
+    learn = Learner(DataLoaders(DataLoader(Stream(), bs=16), DataLoader(tagged, bs=16)), Normalized(),
+                    CrossEntropyLossFlat(), cbs=make())
+    with learn.no_bar(), learn.no_logging(), pytest.raises(TypeError,
+                                                           match='data set of type Stream, without a length'):
+        learn.fit(1)
     assert not learn.metrics

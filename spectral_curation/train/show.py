@@ -16,9 +16,9 @@ from torch import Tensor
 # %% ../../nbs/train/04_show.ipynb #494415dc
 def plot_selection(
     features: Union[Tensor, np.ndarray], # [B, d] features of the batch, or [B, 2] coordinates
-    keep, # positions kept
-    labels=None, # [B] classes; None: one colour
-    title: str='',
+    keep: Union[Tensor, np.ndarray, list], # [k] positions kept
+    labels: Union[Tensor, np.ndarray, list, None]=None, # [B] classes; None: one colour
+    title: str='', # of the picture
     ax: Optional[Axes]=None, # None: a new figure
 ) -> Axes:
     "Kept (filled) and dropped (small, hollow) samples of a batch in PCA coordinates, coloured by class."
