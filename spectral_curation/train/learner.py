@@ -41,9 +41,9 @@ def curated_learner(
     metrics=accuracy, # as for `Learner`
     **kwargs
 ) -> Learner:
-    """A `Learner` as in SALN's section 3 (arXiv 2412.17069): torchvision `arch` with a new final layer, cross-entropy, SGD
-    with momentum 0.9. Raises `ValueError` where the number of classes is unknown, `FileNotFoundError` for weights that
-    are not there."""
+    """A `Learner` as in SALN's section 3 (arXiv 2412.17069): torchvision `arch` with a new final layer, cross-entropy,
+    SGD with momentum 0.9. Raises `ValueError` where the number of classes is unknown, `FileNotFoundError` for
+    weights that are not there."""
     name, n_out = arch if isinstance(arch, str) else arch.__name__, get_c(dls)
     if not n_out: raise ValueError("the number of classes is unknown: dls has neither `c` nor `vocab`; set dls.c")
     model = pretrained(name) if weights == 'imagenet' else torchvision.models.get_model(name, weights=None)
@@ -51,6 +51,6 @@ def curated_learner(
     old = model.get_submodule(head)
     model.set_submodule(head, nn.Linear(old.in_features, n_out, bias=old.bias is not None))
     if weights not in (None, 'imagenet'): load_weights(model, weights)
-    model = model.to(memory_format=torch.channels_last)     # ResNet-18, 32 px, steps of 128, a core: trains 1.16x as fast
+    model = model.to(memory_format=torch.channels_last)     # ResNet-18, 32 px, one core: trains 1.16x as fast
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=.9), lr=lr,
                    splitter=head_splitter, cbs=cbs, metrics=metrics, **kwargs)
