@@ -17,7 +17,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.torch_core import apply, no_random, to_device
 from fastai.vision.augment import RandTransform
-from fastcore.basics import chunked
+from fastcore.basics import chunked, patch
 from fastcore.xtras import is_listy
 from fastprogress.fastprogress import progress_bar
 
@@ -30,6 +30,10 @@ def _leaves(o) -> Iterator:
     if not is_listy(o): yield o
     else:
         for v in o: yield from _leaves(v)
+
+def _item_tfms(dl: TfmdDL) -> list:
+    "What makes the items of `dl`, to see whether it has changed."
+    return [getattr(dl.dataset, 'split_idx', None), *dl.after_item.fs, *dl.before_batch.fs]
 
 def _batches_of_rows(rows, samps, n: int, bs: int, drop_last: bool) -> Iterator:
     device = next(_leaves(rows)).device
@@ -51,14 +55,12 @@ class CachedDL(TfmdDL):
     ):
         super().__init__(dataset, **kwargs)
         self.rows = rows
-        self._made_by = self._item_tfms()
-
-    def _item_tfms(self): return [getattr(self.dataset, 'split_idx', None), *self.after_item.fs, *self.before_batch.fs]
+        self._made_by = _item_tfms(self)
 
     @property
     def uses_cache(self) -> bool:
         "Are batches taken from the rows?"
-        return self.rows is not None and self._made_by == self._item_tfms()
+        return self.rows is not None and self._made_by == _item_tfms(self)
 
     def __iter__(self):
         if not self.uses_cache: yield from super().__iter__(); return
@@ -72,20 +74,25 @@ class CachedDL(TfmdDL):
         if self.uses_cache: yield from _batches_of_rows(self.rows, samps, len(self.dataset), self.bs, self.drop_last)
         else: yield from super().create_batches(samps)
 
-    def new(self, dataset=None, cls=None, **kwargs):
-        "As fastai's: with the same rows where data set and item transforms are the same, else a loader that reads."
-        same = (dataset is None or dataset is self.dataset) and not _item_methods & set(kwargs)
-        cls = cls or (type(self) if same else TfmdDL)
-        if not issubclass(cls, CachedDL): return super().new(dataset, cls, **kwargs)
-        res = super().new(dataset, cls, **kwargs)
-        if same: res.rows, res._made_by = self.rows, self._made_by
-        return res
-
     def to(self, device):
         super().to(device)
-        if self.rows is not None: self.rows = to_device(self.rows, self.device)
+        self.rows = to_device(self.rows, self.device)
 
     def __getstate__(self): return dict(vars(self), rows=None)
+
+# %% ../../nbs/train/13_cached.ipynb #canew
+@patch
+def new(self: CachedDL,
+    dataset=None, # None: the same
+    cls=None, # class of the new loader; None: `CachedDL` where the rows apply, else `TfmdDL`
+    **kwargs # as for `TfmdDL`; what is not given stays as it is
+) -> TfmdDL:
+    "As fastai's: with the same rows where data set and item transforms are the same, else a loader that reads."
+    same = (dataset is None or dataset is self.dataset) and not _item_methods & set(kwargs)
+    cls = cls or (type(self) if same else TfmdDL)
+    res = super(CachedDL, self).new(dataset, cls, **kwargs)
+    if same and issubclass(cls, CachedDL): res.rows, res._made_by = self.rows, self._made_by
+    return res
 
 # %% ../../nbs/train/13_cached.ipynb #3d70240b
 class _NotCacheable(ValueError): "Put in the place of a batch: errors do not come whole out of a worker process."
