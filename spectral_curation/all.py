@@ -16,6 +16,7 @@ from .features.weights import *
 from .features.store import *
 from .features.processes import *
 from .features.reference import *
+from .train.rules import *
 from .train.plan import *
 from .train.loader import *
 from .train.distributed import *

@@ -81,7 +81,7 @@ def train(rank, name, args={}, **kw):
     dl, before = learn.dls.train, {k: v for k, v in vars(learn.dls.train).items() if k != 'rng'}
     with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, kept)
     assert learn.dls.train is dl and {k: v for k, v in vars(dl).items() if k != 'rng'} == before, 'the loader is not as it was'
-    history = next((cb.history.mean.tolist() for cb in learn.cbs if hasattr(type(cb), 'remember') and getattr(cb, 'history', None)), None)
+    history = next((cb.rule.history.mean.tolist() for cb in learn.cbs if getattr(vars(cb).get('rule'), 'history', None)), None)
     return dict(kept=kept.steps, weights=weights(learn), history=history, parameters=[p.detach() for p in learn.model.parameters()])
 
 def join(rank, folder):

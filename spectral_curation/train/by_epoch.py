@@ -6,110 +6,106 @@
 __all__ = ['EpochSelector', 'HistorySelector', 'DynamicPruning', 'InfoBatch', 'StaticPruning', 'StandardShort']
 
 # %% ../../nbs/train/08_by_epoch.ipynb #8b1a1bd8
+from copy import copy
 from typing import Callable, Optional, Union
 
 import torch, numpy as np
-from fastai.callback.core import CancelBatchException
 from fastcore.meta import delegates
 from torch import Tensor
 
-from ..select.ratio import n_keep
-from ..select.history import History, epsilon_greedy_keep, infobatch_keep, keep_highest, n_kept, random_keep, ucb_keep
 from ..features.processes import all_or_none, gathered
-from .plan import cut, whole_batches
+from .rules import DynamicRule, EpochRule, InfoBatchRule, StaticRule
+from .plan import (Plan, check_positions, plan_candidates, plan_epoch, plan_fewer_steps, rank_share,
+                                          reduced_size, step_size)
 from .loader import IndexWatch
 from .forward import sample_losses
-from .selector import Selector, batch_generator, take_rows
+from .selector import Selector
 
 # %% ../../nbs/train/08_by_epoch.ipynb #0bd40c1a
 class EpochSelector(Selector):
-    "Read a part of the training set in an epoch. Subclasses say which, in `choose`."
+    "Read a part of the training set in an epoch: what a `rule` says, or a subclass, in `choose`."
     scores_samples = False
     def __init__(self,
         filter_ratio: float=0.8, # share of the training set that is removed, 0 <= filter_ratio < 1
         seed: int=0, # of the selector's own randomness
         before_decode: bool=True, # read the samples chosen and no others; False: read everything, choose in the batch
-        super_batch: Optional[bool]=None, # fill batches with chosen samples to the loader's batch size; False: train on what is chosen of each batch; None: as before_decode
+        super_batch: Optional[bool]=None, # fill whole batches with chosen samples; False: train on what is chosen of each batch; None: as before_decode
+        rule: Optional[EpochRule]=None, # which samples an epoch reads; None: a subclass says it
     ):
-        super().__init__(filter_ratio, seed)
+        super().__init__(filter_ratio, seed, rule)
         self.before_decode, self.super_batch = before_decode, before_decode if super_batch is None else super_batch
-        if self.super_batch and not before_decode: raise ValueError("super_batch=True fills batches before they are read, so it needs before_decode=True")
+        if self.super_batch and not before_decode:
+            raise ValueError("super_batch=True fills batches before they are read, so it needs before_decode=True")
 
     def choose(self,
         n: int, # samples in the training set
-    ) -> Optional[Tensor]: # indices to read, int64; None: all
-        "Samples that this epoch reads. `self.generator` is a seeded CPU generator, `self.epochs_begun` the training epochs before this one."
-        raise ValueError(f"{type(self).__name__} has no `choose`, so it can't remove a share of {self.filter_ratio}; subclass it, or use filter_ratio=0")
+    ) -> Optional[Tensor]: # indices to read, int64, each once; None: all
+        """Samples that this epoch reads. `self.generator` is a seeded CPU generator, `self.epochs_begun` the training epochs
+        before this one."""
+        if self.rule is not None: return self.rule.keep(n, self.filter_ratio, self.this_epoch)
+        raise ValueError(f"{type(self).__name__} has no `choose`, so it can't remove a share of {self.filter_ratio}; subclass it, "
+                         "give it a rule, or use filter_ratio=0")
 
-    def watch_loader(self) -> IndexWatch:
-        IndexWatch.check(self.dl)
-        self.offered, self.reads = self.epoch_size(), None
-        if not self.filter_ratio: return super().watch_loader()
-        self.generator, n = batch_generator(self.seed, self.epochs_begun, -1), len(self.dl.dataset)
-        with all_or_none(self.world_size, 'no samples could be chosen'): chosen = self.choose(n)
-        if chosen is None: return super().watch_loader()
-        self.reads = torch.zeros(n, dtype=torch.bool)
-        self.reads[chosen] = True
-        return IndexWatch(self.dl, self.plan) if self.before_decode or self.world_size > 1 else super().watch_loader()
+    def make_plan(self, draw: Callable) -> Plan:
+        n, self.generator, drop_last = len(self.dl.dataset), self.this_epoch.generator(), self.dl.drop_last
+        with all_or_none(self.world_size, 'no samples could be chosen'):
+            chosen = self.choose(n)
+            if chosen is not None:
+                size = np.shape(chosen)[:1] or (0,)
+                is_chosen = torch.zeros(n, dtype=torch.bool)
+                is_chosen[check_positions(chosen, n, size, f'{type(self).__name__}.choose', 'indices')] = True
+        order = self.full_order(draw)
+        if chosen is None: return plan_candidates(rank_share(order, self.rank, self.world_size), self.bs, 0., drop_last=drop_last)
+        return plan_epoch(order, is_chosen, self.bs, self.super_batch, not self.before_decode, drop_last, self.rank, self.world_size)
 
-    def plan(self, draw: Callable) -> list[list[int]]:
-        "The batches to read, from the loader's order."
-        dl, reads, order = self.dl, self.reads.tolist(), self.whole_order(draw)
-        if self.super_batch: return whole_batches(self.share([i for i in order if reads[i]]), dl.bs)
-        steps = cut(order, dl.bs*self.world_size, dl.drop_last)
-        batches = [self.share([i for i in b if reads[i]]) for b in steps]
-        return batches if self.before_decode else [kept + self.share([i for i in b if not reads[i]]) for kept, b in zip(batches, steps)]
-
-    def whole_order(self, draw: Callable) -> list[int]:
-        "The loader's order; where several processes train together that of all, to be shared out after the choice: a part of each share would leave them with unequal numbers."
-        return draw() if self.world_size == 1 else draw(self.dl.whole_order)
-    def share(self, order: list[int]) -> list[int]: return order if self.world_size == 1 else self.dl.share(order)
+    def full_order(self, draw: Callable) -> list[int]:
+        "The loader's order, of all processes that train together: parts of their shares would be of unequal size."
+        return draw() if self.world_size == 1 else draw(self.dl.full_order)
 
     def epoch_size(self) -> int:
         "Samples that a whole epoch reads."
-        return len(self.dl)*self.dl.bs if self.dl.drop_last else getattr(self.dl, 'partial_n', None) or self.dl.n     # fastai's `PartialDL` reads partial_n
+        if self.dl.drop_last: return len(self.dl)*self.dl.bs
+        return getattr(self.dl, 'partial_n', None) or self.dl.n     # fastai's `PartialDL` reads partial_n
+
+    def watch_loader(self) -> IndexWatch:
+        watch = super().watch_loader()
+        self.offered = self.epoch_size() if self.plan is None else self.plan.offered
+        return watch
 
     def before_batch(self):
         super().before_batch()
-        if self.reads is not None and not self.before_decode:
-            n, self.positions = len(self.idx), self.reads[self.idx].nonzero().flatten()
-            if not len(self.positions):
-                self.learn.yb = ()          # the Recorder counts it as no batch
-                raise CancelBatchException('nothing of this batch is chosen')
-            if len(self.positions) < n: self.learn.xb, self.learn.yb = take_rows(self.xb, self.positions, n), take_rows(self.yb, self.positions, n)
+        if not self.before_decode and len(self.positions) < len(self.idx): self.keep_rows()
         self.trained += len(self.positions)
         self.scored += len(self.positions) * self.scores_samples
 
-    def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k != 'reads'}
-
 # %% ../../nbs/train/08_by_epoch.ipynb #9b1bd7e5
 class HistorySelector(EpochSelector):
-    "Base of the selectors that remember the losses of the training pass."
-    alpha = 1.
-    def prepare(self) -> None:
-        n = len(self.dls.train.dataset)
-        if vars(self).get('history') is None or len(self.history.mean) != n: self.history = History(n, self.alpha)
+    "Base of the selectors whose rule learns from the losses of the training pass."
+    _scores = ()
+    def before_train(self):
+        super().before_train()
         self._scores = []
-
-    def state_dict(self) -> dict: return super().state_dict() | (dict(history=self.history.state_dict()) if self.filter_ratio else {})
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        if self.filter_ratio: self.history.load_state_dict(state['history'])
-
-    def remember(self, scores: Tensor) -> None: self._scores.append((self.kept_idx, scores.detach()))    # moved to the CPU once an epoch
+    def remember(self,
+        scores: Tensor, # [n_kept] of the samples in the current batch
+    ) -> None:
+        "Keep what the training pass has shown of this batch until the end of the epoch, when the rule gets it."
+        self._scores.append((self.kept_idx, scores.detach()))       # moved to the CPU once an epoch
     def after_train(self):
         super().after_train()
-        if self.filter_ratio and self._scores:
-            idx, scores = torch.cat([i for i, _ in self._scores]), torch.cat([s.float() for _, s in self._scores])
-            with self.clock(): self.history.update(*(gathered(idx, scores) if self.world_size > 1 else (idx, scores)))
-            self._scores = []
+        if not self.filter_ratio or not self._scores: return
+        idx, scores = torch.cat([i for i, _ in self._scores]), torch.cat([s.float() for _, s in self._scores])
+        with self.clock(): self.rule.update(*(gathered(idx, scores) if self.world_size > 1 else (idx, scores)))
+        self._scores = []
 
-    def __getstate__(self): return dict(super().__getstate__(), history=None, _scores=[])
+    def __getstate__(self):
+        rule = copy(self.rule)
+        rule.reset()        # what it remembers does not travel with an exported learner
+        return dict(super().__getstate__(), rule=rule, _scores=[])
 
 # %% ../../nbs/train/08_by_epoch.ipynb #4945b973
 class DynamicPruning(HistorySelector):
     "Dynamic data pruning (arXiv 2111.12621): every few epochs another floor(qN) samples."
-    @delegates(EpochSelector.__init__)
+    @delegates(EpochSelector.__init__, but='rule')
     def __init__(self,
         policy: str='random', # random, epsilon_greedy or ucb
         filter_ratio: float=0.8, # share of the training set that is removed, 0 <= filter_ratio < 1
@@ -118,80 +114,59 @@ class DynamicPruning(HistorySelector):
         epsilon: float=0.1, # epsilon_greedy: share that is drawn at random
         c: float=1., # ucb: standard deviations added to the mean
         alpha: float=0.8, # weight of a new score in the moving mean
-        seed: int=0,
+        seed: int=0, # of the draws
         **kwargs
     ):
-        super().__init__(filter_ratio, seed, **kwargs)
-        for name, value, allowed in (('policy', policy, ('random', 'epsilon_greedy', 'ucb')), ('score', score, ('loss', 'margin'))):
-            if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-        if every < 1 or every != int(every): raise ValueError(f"every, the epochs until the part is drawn again, must be a whole number of at least 1; got {every}")
-        empty = History(0, alpha); epsilon_greedy_keep(empty, 0, epsilon); ucb_keep(empty, 0, c)      # refuse what they refuse, now
-        self.policy, self.every, self.score, self.epsilon, self.c, self.alpha = policy, every, score, epsilon, c, alpha
-        self.scores_samples, self.kept_set = policy != 'random', None
-
-    def prepare(self) -> None:
-        history = vars(self).get('history')
-        super().prepare()
-        if self.history is not history: self.kept_set = None    # of another data set
-
-    def choose(self, n: int) -> Tensor:
-        if self.kept_set is None or self.epochs_begun % self.every == 0:
-            k, g = n_kept(n, self.filter_ratio), self.generator
-            self.kept_set = random_keep(n, k, g) if self.policy == 'random' else epsilon_greedy_keep(self.history, k, self.epsilon, g) if self.policy == 'epsilon_greedy' else ucb_keep(self.history, k, self.c, g)
-        return self.kept_set
+        super().__init__(filter_ratio, seed, rule=DynamicRule(policy, every, epsilon, c, alpha), **kwargs)
+        if score not in ('loss', 'margin'): raise ValueError(f"score must be one of loss, margin; got {score!r}")
+        self.score, self.scores_samples = score, self.rule.learns
 
     def after_loss(self):
-        if self.policy == 'random' or not self.filter_ratio: return
+        if not self.rule.learns or not self.filter_ratio: return
         if self.score == 'loss': self.remember(sample_losses(self.learn.loss_func, self.pred.detach(), *self.yb))
         else:
             top = self.pred.detach().as_subclass(Tensor).float().softmax(1).topk(2, dim=1).values
             self.remember(1 - (top[:, 0]-top[:, 1]))
 
-    def state_dict(self) -> dict: return super().state_dict() | dict(kept_set=self.kept_set)
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.kept_set = state['kept_set']
-
 # %% ../../nbs/train/08_by_epoch.ipynb #ed855405
 class InfoBatch(HistorySelector):
     "InfoBatch (arXiv 2303.04947): drop samples of low loss at random, scale up the gradients of those that stay."
     scores_samples = True
-    @delegates(EpochSelector.__init__)
+    @delegates(EpochSelector.__init__, but='rule')
     def __init__(self,
         filter_ratio: float=0.8, # probability with which a sample of low loss is dropped, 0 <= filter_ratio < 1 (paper: 0.5)
         delta: float=0.875, # share of the epochs after which nothing is dropped, 0 < delta <= 1
-        seed: int=0,
+        seed: int=0, # of the draws
         **kwargs
     ):
-        super().__init__(filter_ratio, seed, **kwargs)
-        if not 0 < delta <= 1: raise ValueError(f"delta, the share of the epochs in which samples are dropped, must be above 0 and at most 1; got {delta}")
-        self.delta = delta
+        super().__init__(filter_ratio, seed, rule=InfoBatchRule(delta), **kwargs)
 
-    def choose(self, n: int) -> Optional[Tensor]:
-        self.weights = None
-        if self.learn.epoch >= self.delta*self.learn.n_epoch: return None
-        kept, self.weights = infobatch_keep(self.history, self.filter_ratio, self.generator)
-        return kept
+    def step_divisor(self) -> int:
+        "What the sum of a step's losses is divided by, where the learner's loss is a mean: for each sample the same."
+        inner = getattr(getattr(self.learn.loss_func, '__self__', None), 'old_lf', self.learn.loss_func)    # not MixUp's
+        is_sum = 'sum' in (getattr(inner, 'reduction', None), getattr(inner, 'keywords', {}).get('reduction'))
+        # a sum needs none; gradient accumulation multiplies by the samples of the step, and divides by its own number
+        if is_sum or hasattr(self.learn, 'gradient_accumulation'): return len(self.positions)
+        return min(self.bs, self.plan.offered)
 
     def after_loss(self):
         if not self.filter_ratio: return
         losses = sample_losses(self.learn.loss_func, self.pred, *self.yb)
         self.remember(losses)
-        if self.weights is None: return
+        weights = self.rule.weights(self.kept_idx)
+        if weights is None: return
         # what the learner's reduction makes of the mean: 1, the batch size for a sum, a constant for class weights
         scale = (self.loss_grad/losses.mean()).detach().nan_to_num(1.)
-        self.learn.loss_grad = (self.weights[self.kept_idx].to(losses)*losses).mean() * scale
+        self.learn.loss_grad = (weights.to(losses)*losses).sum()/self.step_divisor() * scale
         self.learn.loss = self.loss_grad.clone()
-
-    def __getstate__(self): return dict(super().__getstate__(), weights=None)
 
 # %% ../../nbs/train/08_by_epoch.ipynb #ce8e0261
 class StaticPruning(EpochSelector):
     "Train on the same floor(qN) samples in every epoch: those of highest score, or a random part."
-    stays_home = 'scores',
-    @delegates(EpochSelector.__init__)
+    not_exported = 'scores',
+    @delegates(EpochSelector.__init__, but='rule')
     def __init__(self,
-        scores: Union[np.ndarray, Tensor, None]=None, # [N], the highest are kept, ties at random; None: a uniform random part
+        scores: Union[np.ndarray, Tensor, list, None]=None, # [N], the highest are kept, ties at random; None: a uniform random part
         filter_ratio: float=0.8, # share of the training set that is removed, 0 <= filter_ratio < 1
         seed: int=0, # of the random part, and of ties
         **kwargs
@@ -199,14 +174,11 @@ class StaticPruning(EpochSelector):
         super().__init__(filter_ratio, seed, **kwargs)
         self.scores = scores
 
-    def choose(self, n: int) -> Tensor:
-        if self.scores is not None and np.shape(self.scores) != (n,): raise ValueError(f"scores must be one number for each of the {n} training samples, got shape {list(np.shape(self.scores))}")
-        scores = torch.zeros(n) if self.scores is None else torch.as_tensor(self.scores)
-        return keep_highest(scores, n_kept(n, self.filter_ratio), batch_generator(self.seed, 0, -1))
+    def choose(self, n: int) -> Tensor: return StaticRule(self.scores).keep(n, self.filter_ratio, self.this_epoch)
 
 # %% ../../nbs/train/08_by_epoch.ipynb #d3ebcd0f
 class StandardShort(EpochSelector):
-    "Standard training that ends when a share 1 - filter_ratio of its cost is spent: the control that the papers lack."
+    "Standard training with fewer steps: it ends when a share 1 - filter_ratio of its cost is spent. The control that the papers lack."
     def __init__(self,
         filter_ratio: float=0.8, # share of standard training's cost that is saved, 0 <= filter_ratio < 1
         step: Optional[int]=None, # samples in a step; None: as many as a selector with this filter ratio keeps of a batch
@@ -214,22 +186,17 @@ class StandardShort(EpochSelector):
     ):
         super().__init__(filter_ratio, seed)
         if step is not None and step < 1: raise ValueError(f"step must be at least 1 sample, got {step}")
-        self.step, self.left = step, []
+        self.step_samples, self.waiting = step, []
 
-    def watch_loader(self) -> IndexWatch:
-        IndexWatch.check(self.dl)
-        self.offered, self.reads = self.epoch_size(), None
-        if not self.filter_ratio: return IndexWatch(self.dl)
-        whole, last = divmod(self.offered, self.dl.bs)
-        total = whole*n_keep(self.dl.bs, self.filter_ratio) + (n_keep(last, self.filter_ratio) if last else 0)
-        def stream(draw):
-            all_ranks = total*self.world_size
-            while len(self.left) < all_ranks: self.left += self.whole_order(draw)
-            head, self.left = self.left[:all_ranks], self.left[all_ranks:]
-            return self.share(head)
-        return IndexWatch(self.dl, lambda draw: whole_batches(stream(draw), self.step or n_keep(self.dl.bs, self.filter_ratio)))
+    def forget(self) -> None: self.waiting = []
+    def make_plan(self, draw: Callable) -> Plan:
+        size, samples = self.epoch_size(), self.step_samples or step_size(self.bs, self.filter_ratio, self.bs)
+        if max(self.waiting, default=-1) >= len(self.dl.dataset): self.forget()     # the data set has become smaller
+        plan, self.waiting = plan_fewer_steps(self.waiting, lambda: self.full_order(draw), reduced_size(size, self.bs, self.filter_ratio),
+                                              samples, self.rank, self.world_size)
+        return plan._replace(offered=size)
 
-    def state_dict(self) -> dict: return super().state_dict() | dict(left=list(self.left))
+    def state_dict(self) -> dict: return super().state_dict() | dict(waiting=list(self.waiting))
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.left = list(state['left'])
+        self.waiting = list(state['waiting'])

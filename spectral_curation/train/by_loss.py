@@ -27,7 +27,7 @@ from .selector import BatchSelector, batch_size, take_rows, tensors_in
 # %% ../../nbs/train/07_by_loss.ipynb #54c50457
 class ScoringSelector(BatchSelector):
     "Base of the selectors that look at a model's outputs on the whole batch first."
-    stays_home = 'scorer',
+    not_exported = 'scorer',
     def __init__(self,
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
         seed: int=0, # of the selector's own randomness
@@ -176,7 +176,7 @@ def _reference_rows(dls, reference, cache, selector: str) -> Union[np.ndarray, T
 class ReferenceLossSelector(LossSelector):
     """Base of the selectors that compare the learner's losses, on images as they are trained on, with a reference's, on
     images without augmentation. Raises `ValueError` for a reference that does not fit the data or the learner."""
-    stays_home = 'reference', 'scorer'
+    not_exported = 'reference', 'scorer'
     @delegates(LossSelector.__init__)
     def __init__(self,
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1

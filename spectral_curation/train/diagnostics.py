@@ -62,8 +62,8 @@ def class_labels(
 # %% ../../nbs/train/12_diagnostics.ipynb #948b02a8
 def _has_fiedler_vector(s: Selector) -> bool:
     "Was the vector of this batch's plain graph computed? Not where everything is kept."
-    if not isinstance(s, SALN) or s.vector is None or (s.laplacian, s.graph) != ('unnormalized', 'full'): return False
-    return len(s.vector) == len(s.idx) > len(s.positions)
+    if not isinstance(s, SALN) or (s.laplacian, s.graph) != ('unnormalized', 'full'): return False
+    return len(s.idx) > len(s.positions) and s.vector is not None
 
 # %% ../../nbs/train/12_diagnostics.ipynb #dgclass
 class SelectionLog(Callback):
