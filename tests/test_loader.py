@@ -29,7 +29,7 @@ from spectral_curation.train.selector import BatchSelector, Selector
 from spectral_curation.train.checkpoint import Checkpoint
 from spectral_curation.lab.data import cifar10_dls, digits_dls
 from spectral_curation.train.by_epoch import DynamicPruning, EpochSelector, InfoBatch, StandardShort, StaticPruning
-from spectral_curation.train.cached import hold_on_device
+from spectral_curation.train.cached import cache_on_device
 
 x = torch.randn(103, 6, generator=torch.Generator().manual_seed(0))
 # each sample says which it is
@@ -196,7 +196,7 @@ def test_both_forms_with_held_data(make):
         for hold in (False, True):
             set_seed(0)
             dls = digits_dls(bs=16, size=8, n_train=90, n_valid=20, augment=False, device='cpu')
-            if hold: dls = hold_on_device(dls, progress=False)
+            if hold: dls = cache_on_device(dls, progress=False)
             indices = Indices()
             learn = quiet(learner([make(**kw), indices], dls, lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10))),
                           'fit', 3)

@@ -60,6 +60,12 @@ def class_labels(
     except (TypeError, ValueError): return None
 
 # %% ../../nbs/train/12_diagnostics.ipynb #948b02a8
+def _has_fiedler_vector(s: Selector) -> bool:
+    "Was the vector of this batch's plain graph computed? Not where everything is kept."
+    if not isinstance(s, SALN) or (s.laplacian, s.graph) != ('unnormalized', 'full'): return False
+    return len(s.idx) > len(s.positions) and s.vector is not None
+
+# %% ../../nbs/train/12_diagnostics.ipynb #dgclass
 class SelectionLog(Callback):
     """Counts, over a training, how often each sample was offered and selected, the classes selected, and the
     spectral gap of SALN's batches. Raises `ValueError` for a learner without a selector."""
@@ -98,11 +104,6 @@ class SelectionLog(Callback):
         for k, v in state.items(): setattr(self, k, v)
     def __getstate__(self):
         return {k: v for k, v in super().__getstate__().items() if k not in ('selector', 'labels', '_offered', '_kept')}
-
-def _has_fiedler_vector(s: Selector) -> bool:
-    "Was the vector of this batch's plain graph computed?"
-    if not isinstance(s, SALN) or (s.laplacian, s.graph) != ('unnormalized', 'full'): return False
-    return len(s.idx) > len(s.positions) and s.vector is not None
 
 # %% ../../nbs/train/12_diagnostics.ipynb #dgsummary
 @patch

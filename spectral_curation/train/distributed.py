@@ -32,8 +32,8 @@ class GroupDL(DistributedDL):
     ):
         if isinstance(dl, DistributedDL): dl, rank, world_size, device = dl.dl, dl.rank, dl.world_size, dl.device
         super().__init__(dl, rank, world_size, device)
-        if not getattr(type(self.dl), 'holds', None) or not self.dl.holds: return
-        # rows on a device need no worker processes, and do not reach them
+        if not hasattr(type(self.dl), 'uses_cache') or not self.dl.uses_cache: return
+        # cached rows need no worker processes, and do not reach them
         self.fake_l.num_workers, self.fake_l.pin_memory, self.fake_l.timeout = 0, False, 0
 
     def _broadcast(self, t, rank): return from_first(torch.LongTensor(t), process_rank()[1]).tolist()
