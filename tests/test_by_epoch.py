@@ -1,4 +1,5 @@
 "Methods by epochs where processes and loaders differ, and training that is killed for good."
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastai.optimizer import SGD
+from fastai.callback.training import GradientAccumulation
 from torch import nn
 
 from spectral_curation.train.by_index import RandomSubset
@@ -24,9 +27,12 @@ from spectral_curation.all import *
 class Kept(Callback):
     order, run_valid = 5, False
     def before_fit(self): self.idxs = []
-    def after_pred(self): self.idxs.append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).kept_idx.tolist())
+    def after_pred(self):
+        self.idxs.append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).kept_idx.tolist())
 
-selectors = dict(ucb=lambda: DynamicPruning('ucb', .6), epsilon_greedy=lambda: DynamicPruning('epsilon_greedy', .6), infobatch=lambda: InfoBatch(.6), short=lambda: StandardShort(.6), static=lambda: StaticPruning(None, .6), top_loss=lambda: TopLoss(.6),
+selectors = dict(ucb=lambda: DynamicPruning('ucb', .6), epsilon_greedy=lambda: DynamicPruning('epsilon_greedy', .6),
+                 infobatch=lambda: InfoBatch(.6), short=lambda: StandardShort(.6),
+                 static=lambda: StaticPruning(None, .6), top_loss=lambda: TopLoss(.6),
                  jest=lambda: JEST(.6, torch.arange(90.)/90), selective_backprop=lambda: SelectiveBackprop(.6))
 
 def make(name, num_workers=0):
@@ -34,9 +40,12 @@ def make(name, num_workers=0):
     x = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
     ds = [(a, (a[0] > 0).long()) for a in x]
     dls = DataLoaders(DataLoader(ds, bs=16, shuffle=True, num_workers=num_workers), DataLoader(ds[:16], bs=16))
-    return Learner(dls, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(.1), nn.Linear(8, 2)), nn.CrossEntropyLoss(), lr=.1, cbs=selectors[name]())
+    return Learner(dls, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(.1), nn.Linear(8, 2)),
+                   nn.CrossEntropyLoss(), lr=.1, cbs=selectors[name]())
 
-def weights(learn): return hashlib.sha256(torch.cat([p.detach().flatten() for p in learn.model.parameters()]).numpy().tobytes()).hexdigest()
+def weights(learn):
+    all_of_them = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    return hashlib.sha256(all_of_them.numpy().tobytes()).hexdigest()
 def fit(learn, *cbs):
     kept = Kept()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(5, .1, cbs=[kept, *cbs])
@@ -63,7 +72,7 @@ rest = setup + 'print(json.dumps([fit(make(sys.argv[1])), fit(make(sys.argv[1]),
 
 @pytest.mark.parametrize('name', ['ucb', 'jest'])
 def test_killed_for_good_and_continued(fresh, tmp_path, name):
-    "`kill -9` while batches are trained; another process goes on and ends with the same weights as one that was left alone."
+    "`kill -9` while batches are trained; another process continues and ends with the weights of one left alone."
     f = tmp_path/'run.pt'
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', slow, name, str(f)], cwd=tmp_path)
     while not f.exists():
@@ -73,7 +82,8 @@ def test_killed_for_good_and_continued(fresh, tmp_path, name):
     p.send_signal(signal.SIGKILL); p.wait()
     assert torch.load(f, weights_only=True)['done'] < 5
     whole, continued = fresh(rest, name, f)
-    assert continued[0] == whole[0] and whole[1][-len(continued[1]):] == continued[1] and len(continued[1]) < len(whole[1])
+    assert continued[0] == whole[0] and whole[1][-len(continued[1]):] == continued[1]
+    assert len(continued[1]) < len(whole[1])
 
 
 # Loaders that do not read each sample once
@@ -88,25 +98,34 @@ tagged = [(torch.full((3,), float(i)), i % 10) for i in range(100)]     # each s
 
 class Seen(Callback):
     order, run_valid = 5, False
-    def before_fit(self): self.given, self.said = [], []
+    def before_fit(self): self.given, self.claimed = [], []
     def before_batch(self):
         self.given.append(self.x[:, 0].long().tolist())
-        self.said.append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).idx.tolist())
+        self.claimed.append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).idx.tolist())
 
 
-@pytest.mark.parametrize('make', [lambda: DynamicPruning('ucb', .7), lambda: DynamicPruning('random', .7), lambda: InfoBatch(.7), lambda: StaticPruning(None, .7), lambda: StandardShort(.7)])
-@pytest.mark.parametrize('loader', [lambda: Oversampling(tagged, bs=16, num_workers=0), lambda: DataLoader(tagged, bs=16, shuffle=True, drop_last=True), lambda: DataLoader(tagged, bs=1, shuffle=True),
-                                    lambda: DataLoader(tagged, bs=16, num_workers=0, get_idxs=lambda: [5]*40 + [*range(60)])])
+@pytest.mark.parametrize('make',
+                         [lambda: DynamicPruning('ucb', .7), lambda: DynamicPruning('random', .7),
+                         lambda: InfoBatch(.7), lambda: StaticPruning(None, .7), lambda: StandardShort(.7)])
+@pytest.mark.parametrize('loader',
+                         [lambda: Oversampling(tagged, bs=16, num_workers=0),
+                         lambda: DataLoader(tagged, bs=16, shuffle=True, drop_last=True),
+                         lambda: DataLoader(tagged, bs=1, shuffle=True),
+                                    lambda: DataLoader(tagged, bs=16, num_workers=0,
+                                                       get_idxs=lambda: [5]*40 + [*range(60)])])
 def test_indices_are_those_of_the_samples(make, loader):
     dl, seen, cb = loader(), Seen(), make()
     before = (dl.n, dl.bs, dl.drop_last, vars(dl).get('get_idxs'))
-    with Learner(DataLoaders(dl, DataLoader(tagged, bs=16)), nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6, cbs=[cb, seen]).no_bar() as learn, learn.no_logging(): learn.fit(4)
-    assert seen.given == seen.said and seen.given
+    with Learner(DataLoaders(dl, DataLoader(tagged, bs=16)), nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6,
+                 cbs=[cb, seen]).no_bar() as learn, learn.no_logging():
+        learn.fit(4)
+    assert seen.given == seen.claimed and seen.given
     assert (dl.n, dl.bs, dl.drop_last, vars(dl).get('get_idxs')) == before
-    if isinstance(cb, DynamicPruning): assert len(cb.kept_set) == 30
+    if isinstance(cb, DynamicPruning): assert len(cb.rule.kept) == 30
 
 
-@pytest.mark.parametrize('n, bs, r', [(n, bs, r) for n in (2, 5, 16, 33, 100) for bs in (2, 7, 16) for r in (0, .3, .8, .99)])
+@pytest.mark.parametrize('n, bs, r',
+                         [(n, bs, r) for n in (2, 5, 16, 33, 100) for bs in (2, 7, 16) for r in (0, .3, .8, .99)])
 def test_short_training_costs_what_a_random_subset_costs(n, bs, r):
     "Same steps, same sizes, whatever the data set, batch size and ratio; no sample comes back before all were read."
     if n < bs: pytest.skip('no whole batch')
@@ -116,9 +135,134 @@ def test_short_training_costs_what_a_random_subset_costs(n, bs, r):
         class Sizes(Callback):
             order, run_valid = 5, False
             def before_batch(self): sizes.append(self.learn.xb[0][:, 0].long().tolist())
-        with Learner(DataLoaders(DataLoader(tagged[:n], bs=bs, shuffle=True, drop_last=True), DataLoader(tagged, bs=16)), nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6, cbs=[cb, Sizes()]).no_bar() as learn, learn.no_logging(): learn.fit(3)
+        with Learner(DataLoaders(DataLoader(tagged[:n], bs=bs, shuffle=True, drop_last=True),
+                                 DataLoader(tagged, bs=16)), nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6,
+                                 cbs=[cb, Sizes()]).no_bar() as learn, learn.no_logging():
+            learn.fit(3)
         runs.append(sizes)
     assert list(map(len, runs[0])) == list(map(len, runs[1]))
     if r: # at ratio 0 both are standard training, which drops the rest of an epoch
         read = sum(runs[1], [])
         for start in range(0, len(read), n): assert len(set(read[start:start+n])) == len(read[start:start+n])
+
+
+# Another training set
+
+def quiet_fit(learn, n):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n)
+
+
+@pytest.mark.parametrize('make',
+                         [lambda: StandardShort(.8), lambda: DynamicPruning('ucb', .5),
+                         lambda: DynamicPruning('random', .5, every=9),
+                                  lambda: InfoBatch(.8, delta=1), lambda: StaticPruning(None,
+                                                                                        .5), lambda: RandomSubset(.5)])
+@pytest.mark.parametrize('other', [tagged[:40], tagged[50:], tagged[::-1]])
+def test_nothing_is_left_of_another_data_set(make, other):
+    "A selector that has trained on one data set chooses from another, smaller or as large, as a new one would."
+    class Read(Callback):
+        order, run_valid = 5, False
+        def before_fit(self): self.idx = []
+        def before_batch(self):
+            self.idx.append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).kept_idx.tolist())
+    read = []
+    for cb, first in ((make(), tagged), (make(), None)):
+        if first:
+            quiet_fit(Learner(DataLoaders(DataLoader(first, bs=16, shuffle=True), DataLoader(first, bs=16)),
+                              nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6, cbs=cb), 2)
+            cb.epochs_begun = 0     # the seeds of a new one
+        torch.manual_seed(0)
+        dl = DataLoader(other, bs=16, shuffle=True)
+        dl.rng = random.Random(0)
+        learn = Learner(DataLoaders(dl, DataLoader(other, bs=16)), nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6,
+                        cbs=[cb, Read()])
+        quiet_fit(learn, 2)
+        read.append(learn.read.idx)
+    assert read[0] == read[1]
+
+
+def test_a_data_set_that_shrinks():
+    "The same object with fewer samples: no index of what has gone."
+    data = list(tagged)
+    for cb in (StandardShort(.8), DynamicPruning('ucb', .5), InfoBatch(.5)):
+        learn = Learner(DataLoaders(DataLoader(data, bs=16, shuffle=True), DataLoader(data, bs=16)), nn.Linear(3, 10),
+                        nn.CrossEntropyLoss(), lr=1e-6, cbs=cb)
+        quiet_fit(learn, 1)
+        del data[30:]
+        learn.dls = DataLoaders(DataLoader(data, bs=16, shuffle=True), DataLoader(data, bs=16))
+        quiet_fit(learn, 2)
+        data += tagged[30:]
+
+
+# InfoBatch's expected gradient
+
+class Sum(Callback):
+    "The gradients of each epoch's steps, added up."
+    order, run_valid = 55, False
+    def before_fit(self): self.epochs = []
+    def before_train(self): self.epochs.append(torch.zeros(33))
+    def after_backward(self): self.epochs[-1] += torch.cat([p.grad.flatten() for p in self.model.parameters()])
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+@pytest.mark.parametrize('n, epochs', [(600, 60), (113, 400)])       # with a few batches, the ragged last one tells
+@pytest.mark.parametrize('form', [dict(), dict(super_batch=False), dict(before_decode=False)])
+def test_infobatch_expects_the_full_gradient(form, n, epochs, reduction):
+    "Rate 0: the weights stay, and the mean over many epochs of the summed gradient is that of all samples."
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 10, generator=g)
+    y = (x[:, 0] + .5*torch.randn(n, generator=g) > 0).long() + (x[:, 1] > 1).long()
+    torch.manual_seed(0)
+    model, loss = nn.Linear(10, 3), nn.CrossEntropyLoss(reduction=reduction)
+    nn.functional.cross_entropy(model(x), y, reduction='sum').backward()
+    full = torch.cat([p.grad.flatten() for p in model.parameters()]) / (20 if reduction == 'mean' else 1)
+    data = list(zip(x, y))
+    dls = DataLoaders(DataLoader(data, bs=20, shuffle=True), DataLoader(data[:20], bs=20))
+    summed = Sum()
+    quiet_fit(Learner(dls, model, loss, lr=0., cbs=[InfoBatch(.8, delta=1, **form), summed], opt_func=SGD), epochs)
+    share = torch.stack(summed.epochs[1:]) @ full / (full @ full)
+    assert abs(share.mean() - 1) < 4*share.std()/len(share)**.5 + .002 and share.std()/len(share)**.5 < .02
+
+
+@pytest.mark.parametrize('form', [dict(), dict(super_batch=False), dict(before_decode=False)])
+def test_infobatch_and_accumulated_gradients(form):
+    "`GradientAccumulation` weighs by the samples of a step: an epoch's steps together are the weighted mean."
+    data = [(torch.randn(10, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(200)]
+    x, y = torch.stack([a for a, _ in data]), torch.tensor([b for _, b in data])
+    torch.manual_seed(0)
+    cb, weighted = InfoBatch(.8, delta=1, **form), []
+    class Weighted(Callback):
+        order, run_valid = 54, False
+        def before_train(self): self.sum = 0.
+        def after_backward(self):
+            idx, w = cb.kept_idx, cb.rule.weights(cb.kept_idx)
+            self.sum = self.sum + (w*nn.functional.cross_entropy(self.model(x[idx]), y[idx], reduction='none')).sum()
+            if self.iter < self.n_iter-1: return
+            ours = torch.cat([p.grad.flatten().clone() for p in self.model.parameters()])
+            expect = torch.cat([g.flatten() for g in torch.autograd.grad(self.sum,
+                                                                         list(self.model.parameters()))])/10_000
+            weighted.append((ours, expect))
+    learn = Learner(DataLoaders(DataLoader(data, bs=20, shuffle=True), DataLoader(data[:20], bs=20)), nn.Linear(10, 3),
+                    nn.CrossEntropyLoss(), lr=0.,
+                    cbs=[cb, GradientAccumulation(10_000), Weighted()], opt_func=SGD)
+    for _ in range(3):
+        quiet_fit(learn, 1)
+        learn.zero_grad()
+    for ours, expect in weighted: torch.testing.assert_close(ours, expect, rtol=1e-4, atol=1e-6)
+    assert len(weighted) == 3
+
+
+# InfoBatch's epochs
+
+@pytest.mark.parametrize('drop_last', [True, False])
+@pytest.mark.parametrize('form', [dict(), dict(super_batch=False), dict(before_decode=False)])
+def test_infobatch_ends_with_a_whole_epoch_and_counts_what_it_trains(form, drop_last):
+    kept = []
+    class Kept(Callback):
+        order, run_valid = 5, False
+        def after_train(self): kept.append((cb.offered, cb.trained, cb.kept))
+    cb = InfoBatch(.8, **form)
+    dls = DataLoaders(DataLoader(tagged, bs=16, shuffle=True, drop_last=drop_last), DataLoader(tagged, bs=16))
+    quiet_fit(Learner(dls, nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-3, cbs=[cb, Kept()]), 5)
+    assert all(trained <= offered and share <= 1 for offered, trained, share in kept)
+    assert kept[-1][1] == (96 if drop_last else 100) and all(trained < 90 for _, trained, _ in kept[1:-1])

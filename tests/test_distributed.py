@@ -1,4 +1,4 @@
-"Training in two real processes that exchange gradients on CPUs (gloo): equal steps, no sample twice, equal weights, the same choices."
+"Two real processes that exchange gradients on CPUs (gloo): equal steps, no sample twice, equal weights, one choice."
 import hashlib
 import multiprocessing
 import os
@@ -25,6 +25,7 @@ from spectral_curation.train.by_index import GSTDS, RandomSubset, SALN
 from spectral_curation.train.by_loss import JEST, SelectiveBackprop, TopLoss
 from spectral_curation.train.selector import BatchSelector, Selector
 from spectral_curation.train.checkpoint import Checkpoint
+from spectral_curation.train.diagnostics import SelectionLog
 from spectral_curation.lab.data import digits_dls
 from spectral_curation.train.by_epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning
 
@@ -57,46 +58,58 @@ class Kept(Callback):
     order, run_valid = 5, False
     def before_fit(self): self.steps = []
     def before_train(self): self.steps.append([])
-    def before_batch(self): self.steps[-1].append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).kept_idx.tolist())
+    def before_batch(self):
+        self.steps[-1].append(next(cb for cb in self.learn.cbs if isinstance(cb, Selector)).kept_idx.tolist())
 
 def loaders(bs=bs, num_workers=0, drop_last=False, n=n):
     train = [(x, y) for x, y in zip(digits[:n], classes[:n])]
     valid = [(x, y) for x, y in zip(digits[-51:], classes[-51:])]
-    return DataLoaders(DataLoader(train, bs=bs, shuffle=True, num_workers=num_workers, drop_last=drop_last), DataLoader(valid, bs=20))
+    return DataLoaders(DataLoader(train, bs=bs, shuffle=True, num_workers=num_workers, drop_last=drop_last),
+                       DataLoader(valid, bs=20))
 
 def learner(selector, seed=0, **kw):
     set_seed(seed)
     dls = loaders(**kw)
-    return Learner(dls, nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)), CrossEntropyLossFlat(), lr=.1, cbs=selector)
+    return Learner(dls, nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)), CrossEntropyLossFlat(), lr=.1,
+                   cbs=selector)
 
 def fit(learn, *cbs, epochs=epochs):
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=list(cbs))
 
-def weights(learn): return hashlib.sha256(torch.cat([p.detach().flatten() for p in learn.model.state_dict().values()]).numpy().tobytes()).hexdigest()
+def weights(learn):
+    all_of_them = torch.cat([p.detach().flatten() for p in learn.model.state_dict().values()])
+    return hashlib.sha256(all_of_them.numpy().tobytes()).hexdigest()
 
 def train(rank, name, args={}, **kw):
     "What one rank kept, step by step, and where it ended; each rank has another seed."
     learn, kept = learner(selectors[name](**args), rank, **kw), Kept()
     dl, before = learn.dls.train, {k: v for k, v in vars(learn.dls.train).items() if k != 'rng'}
     with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, kept)
-    assert learn.dls.train is dl and {k: v for k, v in vars(dl).items() if k != 'rng'} == before, 'the loader is not as it was'
-    history = next((cb.history.mean.tolist() for cb in learn.cbs if hasattr(type(cb), 'remember') and getattr(cb, 'history', None)), None)
-    return dict(kept=kept.steps, weights=weights(learn), history=history, parameters=[p.detach() for p in learn.model.parameters()])
+    assert learn.dls.train is dl and {k: v for k,
+                                      v in vars(dl).items() if k != 'rng'} == before, 'the loader is not as it was'
+    history = next((cb.rule.history.mean.tolist() for cb in learn.cbs if getattr(vars(cb).get('rule'), 'history',
+                                                                                 None)), None)
+    return dict(kept=kept.steps, weights=weights(learn), history=history,
+                parameters=[p.detach() for p in learn.model.parameters()])
 
 def join(rank, folder):
     torch.set_num_threads(1)
-    multiprocessing.set_start_method('forkserver', force=True)  # a forked copy of a process that uses gloo may hang, says PyTorch, and some did
+    # a forked copy of a process that uses gloo may hang, says PyTorch, and some did
+    multiprocessing.set_start_method('forkserver', force=True)
     multiprocessing.set_forkserver_preload(['fastai.basics', 'spectral_curation.train.by_epoch'])
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1', FASTAI_HOME=str(folder))
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=40))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1',
+                      FASTAI_HOME=str(folder))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2,
+                            timeout=timedelta(seconds=40))
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory):
-    "Run a function in two processes that form a group; what it returned or raised on each. After a hang: two new processes."
+    "Run a function in two processes that form a group; what it returned or raised on each. New ones after a hang."
     pools = []
     def start():
         folder = tmp_path_factory.mktemp('ranks')
-        pools[:] = [ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), join, (rank, folder)) for rank in range(2)]
+        pools[:] = [ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), join,
+                                        (rank, folder)) for rank in range(2)]
     def run(f, *args, **kw):
         if not pools: start()
         futures = [pool.submit(f, rank, *args, **kw) for rank, pool in enumerate(pools)]
@@ -104,7 +117,8 @@ def pair(tmp_path_factory):
         except TimeoutError:
             for p in chain(*(pool._processes.values() for pool in pools)): p.kill()
             pools.clear()
-            raise AssertionError(f'{f.__name__}{args} still ran after 120 s: {[o.done() for o in futures]} had ended') from None
+            ended = [o.done() for o in futures]
+            raise AssertionError(f'{f.__name__}{args} still ran after 120 s: {ended} had ended') from None
     yield run
     for pool in pools: pool.shutdown()
 
@@ -124,38 +138,44 @@ def check(got, twice=False):
 def test_equal_steps_no_sample_twice_equal_weights(pair, name): check(pair(train, name), twice=name == 'short')
 
 
-@pytest.mark.parametrize('name', ['random', 'saln', 'jest', 'gstds_super', 'ucb', 'ucb_by_batch', 'infobatch_by_batch', 'short'])
+@pytest.mark.parametrize('name',
+                         ['random', 'saln', 'jest', 'gstds_super', 'ucb', 'ucb_by_batch', 'infobatch_by_batch',
+                         'short'])
 def test_worker_processes_change_nothing(pair, name):
     got, workers = pair(train, name), pair(train, name, num_workers=1)
     check(workers, twice=name == 'short')
     assert [o['kept'] for o in got] == [o['kept'] for o in workers]
 
 
-@pytest.mark.parametrize('name', ['standard', 'random', 'saln_super', 'gstds', 'ucb', 'ucb_by_batch', 'infobatch', 'short'])
+@pytest.mark.parametrize('name',
+                         ['standard', 'random', 'saln_super', 'gstds', 'ucb', 'ucb_by_batch', 'infobatch', 'short'])
 def test_short_last_batch_dropped(pair, name): check(pair(train, name, drop_last=True), twice=name == 'short')
 
 
 def test_random_choices_differ_between_ranks(pair):
     "One seed, but not the same positions on both."
     kept, read = pair(train, 'random_in_batch', n=64), pair(train, 'standard', n=64)
-    places = [[batch.index(i) for i in step] for one, all_ in zip(kept, read) for step, batch in zip(one['kept'][0], all_['kept'][0])]
+    places = [[batch.index(i) for i in step] for one, all_ in zip(kept, read) for step,
+              batch in zip(one['kept'][0], all_['kept'][0])]
     assert len({tuple(p) for p in places}) == len(places) == 4
 
 
 @pytest.mark.parametrize('name', ['standard', 'ucb', 'static', 'short'])
 def test_two_ranks_together_do_what_one_process_does_with_batches_twice_as_large(pair, name):
-    "The same samples in each step, the same weights but for rounding; 320 samples, of which 128 stay, leave no remainder."
+    "The same samples in each step, the same weights but for rounding; 320 samples leave no remainder."
     learn, kept = learner(selectors[name](), 0, bs=2*bs, n=320), Kept()
     fit(learn, kept)
     both = pair(train, name, n=320)
     for alone, *ranks in zip(kept.steps, *(o['kept'] for o in both)):
         assert [sorted(b) for b in alone] == [sorted(chain(*shares)) for shares in zip(*ranks)]
-    for p, q in zip(learn.model.parameters(), both[0]['parameters']): torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-5)
+    for p, q in zip(learn.model.parameters(), both[0]['parameters']):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-5)
 
 
 def shared_features(rank, folder):
     dls = digits_dls(bs=16, n_train=200)
-    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), CrossEntropyLossFlat(), lr=.01, cbs=SALN(.8, cache=folder))
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), CrossEntropyLossFlat(), lr=.01,
+                    cbs=SALN(.8, cache=folder))
     with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, epochs=1)
     return weights(learn), torch.tensor(learn.saln._features)
 def test_features_are_extracted_together(pair, tmp_path):
@@ -169,9 +189,11 @@ def validated(rank):
         fit(learn)
         with learn.no_bar(): (preds, targets), (loss, *_) = learn.get_preds(), learn.validate()
     logits = learn.model(digits[-51:])
-    return preds.tolist(), logits.softmax(1).tolist(), targets.tolist(), loss, float(nn.functional.cross_entropy(logits, classes[-51:]))
+    expect_loss = float(nn.functional.cross_entropy(logits, classes[-51:]))
+    return preds.tolist(), logits.softmax(1).tolist(), targets.tolist(), loss, expect_loss
 def test_validation_is_complete(pair):
-    for preds, expect, targets, loss, expect_loss in pair(validated):       # fastai's order is that of the batches of all ranks, and its loss counts the repeated sample
+    # fastai's order is that of the batches of all ranks, and its loss counts the repeated sample
+    for preds, expect, targets, loss, expect_loss in pair(validated):
         torch.testing.assert_close(torch.tensor(sorted(preds)), torch.tensor(sorted(expect)), rtol=1e-4, atol=1e-6)
         assert sorted(targets) == sorted(classes[-51:].tolist()) and loss == pytest.approx(expect_loss, rel=.05)
 
@@ -185,14 +207,17 @@ class Fails(StaticPruning):
     def choose(self, n): raise OSError('no scores on this machine')
 def fails_on(rank, bad): return Fails(None, .5) if rank == bad else type('Fails', (StaticPruning,), {})(None, .5)
 
-@pytest.mark.parametrize('make, what', [('other_ratio', 'filter_ratio is 0.5 on rank 0 and 0.7 on rank 1'), ('other_seed', 'seed is 0 on rank 0 and 1 on rank 1')])
+@pytest.mark.parametrize('make, what',
+                         [('other_ratio', 'filter_ratio is 0.5 on rank 0 and 0.7 on rank 1'),
+                         ('other_seed', 'seed is 0 on rank 0 and 1 on rank 1')])
 def test_ranks_that_would_choose_differently(pair, make, what):
     for e in pair(refused, make): assert isinstance(e, ValueError) and what in str(e)
 
 @pytest.mark.parametrize('bad', [0, 1])
 def test_error_on_one_rank_is_an_error_on_all(pair, bad):
     got = pair(refused, 'fails_on', bad)
-    assert 'no scores on this machine' in str(got[bad]) and f'rank {bad} failed with OSError: no scores on this machine' in str(got[1-bad])
+    assert 'no scores on this machine' in str(got[bad])
+    assert f'rank {bad} failed with OSError: no scores on this machine' in str(got[1-bad])
 
 
 class Stop(Callback):
@@ -215,9 +240,31 @@ def saved(rank, name, path, how):
 def test_stopped_and_continued(pair, tmp_path, name):
     whole = pair(saved, name, tmp_path/'run.pt', 'whole')
     assert pair(saved, name, tmp_path/'run.pt', 'stop') == [None, None]
-    for (kept, end), (then, continued) in zip(whole, pair(saved, name, tmp_path/'run.pt', 'go on')): assert continued == end and then == kept[2:]
+    for (kept, end), (then, continued) in zip(whole, pair(saved, name, tmp_path/'run.pt', 'go on')):
+        assert continued == end and then == kept[2:]
     learn = learner(selectors[name]())
-    with pytest.raises(ValueError, match='number of processes is 2, here it is 1'): fit(learn, Checkpoint(tmp_path/'run.pt'), epochs=4)
+    with pytest.raises(ValueError, match='number of processes is 2, here it is 1'):
+        fit(learn, Checkpoint(tmp_path/'run.pt'), epochs=4)
+
+
+def logged(rank, name):
+    learn, kept, log = learner(selectors[name](), rank), Kept(), SelectionLog()
+    with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, kept, log)
+    return kept.steps, log.offered.tolist(), log.kept.tolist(), log.gap, log.summary()
+
+@pytest.mark.parametrize('name', ['random', 'saln_super', 'ucb', 'static'])
+def test_the_log_counts_what_all_ranks_selected(pair, name):
+    "Each rank sees half of the samples of an epoch; a sample that the other one trained on was not left out."
+    for o in (got := pair(logged, name)):
+        if isinstance(o, Exception): raise o
+    (steps, *one), (other_steps, *other) = got
+    assert one == other
+    by_epoch = [{*chain(*a, *b)} for a, b in zip(steps, other_steps)]
+    offered, counted, gap, summary = one
+    assert counted == [sum(i in kept for kept in by_epoch) for i in range(n)]
+    assert all(k <= o for k, o in zip(counted, offered)) and len(gap) == (epochs if 'saln' in name else 0)
+    assert summary['never'] == pytest.approx(sum(k == 0 for k in counted)/n, abs=1e-6) if name in ('static',
+            'ucb') else summary['never'] < 1
 
 
 def test_without_accelerate(fresh):

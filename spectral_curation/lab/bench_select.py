@@ -131,7 +131,7 @@ def _plan(path: str, bs: int, filter_ratio: float, threads: int, pipe) -> None:
     dls = DataLoaders(DataLoader(_Numbers(len(features)), bs=bs, shuffle=True), DataLoader(_Numbers(bs), bs=bs))
     learn = Learner(dls, nn.Linear(1, 10), loss_func=F.cross_entropy, lr=.1, cbs=[selector, _PlanOnly()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    pipe.send(dict(seconds=selector.seconds_selecting, preparing=selector.seconds_preparing, peak=_peak(), before=before, kept=sum(map(len, selector.choices))))
+    pipe.send(dict(seconds=selector.seconds_selecting, preparing=selector.seconds_preparing, peak=_peak(), before=before, kept=sum(s.n_kept for s in selector.plan.steps)))
 
 # %% ../../nbs/lab/15_bench_select.ipynb #52175acb
 def bench_scale(

@@ -28,7 +28,7 @@ from ..train.by_index import RandomSubset, SALN
 from ..train.by_loss import JEST
 from ..train.by_epoch import DynamicPruning
 from ..train.learner import curated_learner
-from ..train.cached import hold_on_device
+from ..train.cached import cache_on_device
 from .timing import comparison, side_by_side
 
 # %% ../../nbs/lab/16_bench_train.ipynb #92eed1b4
@@ -115,7 +115,7 @@ def bench_epoch(
         selectors, held = {name: s for name, s in selectors.items() if name == 'standard' or name in only}, False
     cases = {name: _epoch(dls, s, weights, mixed) for name, s in selectors.items()}
     if held:
-        on_device = hold_on_device(dls, progress=progress)
+        on_device = cache_on_device(dls, progress=progress)
         selectors |= {'standard, held': None, 'saln, held, super-batch': saln(super_batch=True), 'jest, held, super-batch': JEST(filter_ratio, nothing, super_batch=True)}
         cases |= {name: _epoch(on_device, selectors[name], weights, mixed) for name in selectors if 'held' in name}
         if mixed: cases['plain loop, held, not augmented'] = _plain_loop(on_device, mixed)
@@ -164,7 +164,7 @@ def bench_loading(
 ) -> list[dict]:
     "Images a second of a training loader, augmentation included: files, a planned fifth of them, and data held on the device."
     dls = make_dls()
-    on_device, n = hold_on_device(dls, progress=progress), len(dls.train.dataset)
+    on_device, n = cache_on_device(dls, progress=progress), len(dls.train.dataset)
     def all_of(dl):
         for _ in dl: pass
         if on_gpu(dls): torch.cuda.synchronize()
