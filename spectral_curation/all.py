@@ -17,11 +17,14 @@ from .features.store import *
 from .features.processes import *
 from .features.reference import *
 from .train.rules import *
+from .train.epoch_rules import *
 from .train.plan import *
 from .train.loader import *
 from .train.distributed import *
 from .train.forward import *
 from .train.show import *
+from .train.rows import *
+from .train.accounts import *
 from .train.selector import *
 from .train.by_index import *
 from .train.by_loss import *

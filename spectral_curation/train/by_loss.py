@@ -22,7 +22,8 @@ from ..select.losses import (class_pair_losses, jest_select, rho_select, selecti
 from ..features.store import RowReader, check_features
 from ..features.reference import reference_features
 from .forward import check_reduction, evaluating, forward_flops, plain_loss, sample_losses
-from .selector import BatchSelector, batch_size, take_rows, tensors_in
+from .rows import batch_size, take_rows, tensors_in
+from .selector import BatchSelector
 
 # %% ../../nbs/train/07_by_loss.ipynb #54c50457
 class ScoringSelector(BatchSelector):

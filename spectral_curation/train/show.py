@@ -27,7 +27,8 @@ def plot_selection(
     labels = np.zeros(len(xy), int) if labels is None else np.unique(np.asarray(labels), return_inverse=True)[1]
     kept = np.isin(np.arange(len(xy)), keep)
     if ax is None: ax = plt.subplots(figsize=(4, 3.4), dpi=90)[1]
-    colors = plt.get_cmap('tab10' if labels.max() < 10 else 'gist_rainbow')(labels % 10 if labels.max() < 10 else labels/labels.max())
+    few = labels.max() < 10
+    colors = plt.get_cmap('tab10')(labels) if few else plt.get_cmap('gist_rainbow')(labels/labels.max())
     ax.scatter(*xy[~kept].T, facecolors='none', edgecolors=colors[~kept], s=14, lw=.6, alpha=.8, label='dropped')
     ax.scatter(*xy[kept].T, c=colors[kept], s=42, edgecolors='k', lw=.7, label='kept')
     ax.set(xlabel='PCA component 1', ylabel='PCA component 2', title=title); ax.legend(fontsize=7, loc='best')
