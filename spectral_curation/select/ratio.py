@@ -61,13 +61,13 @@ def candidates(
     while math.floor(size*(1-filter_ratio) + 1e-9) < n: size += 1      # `n_keep`, without its at least 1
     return size
 
-# %% ../../nbs/select/00_ratio.ipynb #b7ae2e3a
+# %% ../../nbs/select/00_ratio.ipynb #1f63c6b6
 def as_tensor(
     value: Any, # Tensor, numpy array, or nested lists of numbers
     name: str, # the argument's name, for the error
-) -> Tensor: # the same numbers, without their gradient; memory is shared where that is possible
+) -> Tensor: # the same numbers; memory is shared where that is possible
     "`value` as a tensor. Raises `TypeError`, with the argument's name, for what is no array of numbers."
-    if torch.is_tensor(value): return value.detach()
+    if torch.is_tensor(value): return value
     try:
         array = np.ascontiguousarray(value)
         if array.ndim != np.ndim(value): array = array.reshape(np.shape(value))     # numpy makes a scalar 1-D
@@ -109,9 +109,9 @@ def index_tensor(
 def float64_tensor(
     value: Any, # Tensor, numpy array, or nested lists of floats
     name: str, # the argument's name, for the error
-) -> Tensor: # float64; on the same device, or on the CPU where that is Apple's GPU
+) -> Tensor: # float64, without gradient; on the same device, or on the CPU where that is Apple's GPU
     "`value` in float64. Raises `TypeError`, with the argument's name, for what is no array of floating-point numbers."
-    x = float_tensor(value, name)
+    x = float_tensor(value, name).detach()
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 def device_of(
