@@ -26,7 +26,8 @@ def non_negative(rng, n):
     d = int(rng.integers(2, 65))
     kind = rng.integers(3)
     if kind == 0: return rng.random((n, d))
-    if kind == 1: return rng.normal(size=(n, max(d, 16))).clip(0)   # half-sparse; rows of zeros, which leave the answer open, are rare
+    # half-sparse; rows of zeros, which leave the answer open, are rare
+    if kind == 1: return rng.normal(size=(n, max(d, 16))).clip(0)
     return np.abs(rng.random((5, d))[rng.integers(5, size=n)] + .2*rng.normal(size=(n, d)))
 
 def signed(rng, n):
@@ -146,7 +147,8 @@ def test_length_order_and_rotation_do_not_matter(seed):
     longer = x * torch.tensor(10**rng.uniform(-6, 6, size=(n, 1)))
     rotated = x @ torch.tensor(scipy.linalg.qr(rng.normal(size=(x.shape[1],)*2))[0])
     order = torch.tensor(rng.permutation(n))
-    for other, expect in ((longer, v), (rotated, v), (x[order], v[order])): assert_parallel(fiedler_vector(other), expect, 1e-7)
+    for other, expect in ((longer, v), (rotated, v), (x[order], v[order])):
+        assert_parallel(fiedler_vector(other), expect, 1e-7)
     assert kept(longer, .7) == kept(rotated, .7) == kept(x, .7) == {int(order[i]) for i in kept(x[order], .7)}
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -177,7 +179,8 @@ def test_n_keep_is_exact():
 def outcomes(n, k, monkeypatch, us=()):
     "Every set of ranks that can be drawn, with its probability: the steps of u -> rank, block by block, by bisection."
     def ranks(*more):
-        monkeypatch.setattr(torch, 'rand', lambda *a, **kw: torch.tensor([*us, *more, *[.5]*k][:k], dtype=torch.float64))
+        drawn = torch.tensor([*us, *more, *[.5]*k][:k], dtype=torch.float64)
+        monkeypatch.setattr(torch, 'rand', lambda *a, **kw: drawn)
         return stratified_ranks(n, k)
     if len(us) == k: return [(ranks(), 1.)]
     found, start, top = [], 0., math.nextafter(1, 0)
@@ -245,7 +248,8 @@ def nasty(seed):
 def test_nasty_input_has_a_defined_answer(seed):
     x = nasty(seed)
     # negative similarities make degrees negative: an error for the normalized kinds, and not the subject here
-    for kind, graph, which in itertools.product(laplacian_kinds if seed % 2 else laplacian_kinds[:1], ('full', 'knn'), which_kinds):
+    kinds = laplacian_kinds if seed % 2 else laplacian_kinds[:1]
+    for kind, graph, which in itertools.product(kinds, ('full', 'knn'), which_kinds):
         v = fiedler_vector(x, kind, graph, 3)
         assert v.isfinite().all()
         assert v.norm().item() == pytest.approx(1. if len(x) > 1 else 0.)
@@ -263,7 +267,8 @@ def test_nasty_input_has_a_defined_answer(seed):
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
 FEATURES, VECTOR = torch.rand(6, 3, generator=seeded()), torch.tensor([.1, -.5, .3, .2, -.1]).double()
-LOSSES, PAIRS, TARGETS = torch.tensor([3., 1, 5, 2, 4]), torch.rand(5, 5, generator=seeded(1)), torch.tensor([0, 2, 1, 0, 2])
+LOSSES, TARGETS = torch.tensor([3., 1, 5, 2, 4]), torch.tensor([0, 2, 1, 0, 2])
+PAIRS = torch.rand(5, 5, generator=seeded(1))
 SYMMETRIC = PAIRS + PAIRS.T
 def history(n):
     h = History(n)
@@ -272,8 +277,9 @@ def history(n):
 
 @pytest.mark.parametrize('k', [5, 4, 0, -1, 2.5, None])
 @pytest.mark.parametrize('draw', [
-    lambda k: stratified_ranks(3, k), lambda k: select_by_vector(VECTOR[:3], k), lambda k: gumbel_top_k(torch.zeros(3), k),
-    lambda k: keep_highest(torch.zeros(3), k), lambda k: epsilon_greedy_keep(history(3), k),
+    lambda k: stratified_ranks(3, k), lambda k: select_by_vector(VECTOR[:3], k),
+    lambda k: gumbel_top_k(torch.zeros(3), k), lambda k: keep_highest(torch.zeros(3), k),
+    lambda k: epsilon_greedy_keep(history(3), k),
     lambda k: ucb_keep(history(3), k)])
 def test_no_more_are_kept_than_there_are_and_at_least_one(draw, k):
     with pytest.raises(ValueError, match=rf'k must be a whole number from 1 to 3; got {k}'): draw(k)
@@ -389,7 +395,8 @@ def test_indices_are_whole_numbers_within_range(bad, says):
 def test_lengths_must_agree():
     linear = torch.nn.Linear(3, 4)
     for call in (lambda: class_pair_losses(PAIRS, TARGETS[:3]), lambda: el2n_scores(PAIRS, TARGETS[:3]),
-                 lambda: grand_last_layer_scores(FEATURES[:4], PAIRS, TARGETS), lambda: after_update(TARGETS, LOSSES[:2]),
+                 lambda: grand_last_layer_scores(FEATURES[:4], PAIRS, TARGETS),
+                 lambda: after_update(TARGETS, LOSSES[:2]),
                  lambda: grand_scores(linear, FEATURES[:5], TARGETS[:3]),
                  lambda: ForgettingCounter(5).update(TARGETS, torch.ones(3).bool()),
                  lambda: History(5).load_state_dict(History(4).state_dict())):

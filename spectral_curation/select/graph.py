@@ -78,6 +78,7 @@ def knn_affinity(
     Raises `TypeError` and `ValueError` as `checked_affinity` does, and for an `n_neighbors` below 1."""
     return _strongest_edges(checked_affinity(affinity), n_neighbors)
 
+# %% ../../nbs/select/01_graph.ipynb #0968f1f3
 graph_kinds = 'full', 'knn'
 
 def affinity_graph(

@@ -20,8 +20,9 @@ def random_select(
     filter_ratio: float=0.8, # share that is removed, 0 <= filter_ratio < 1
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
 ) -> Tensor: # [n_keep] positions, int64, on the CPU, in random order
-    """Positions of a uniform random subset, drawn without replacement: of a batch the control that SALN's paper lacks, of
-    the training set uniform random dynamic pruning. Raises `ValueError` for an `n` below 1 or a ratio out of range."""
+    """Positions of a uniform random subset, drawn without replacement: of a batch the control that SALN's paper
+    lacks, of the training set uniform random dynamic pruning. Raises `ValueError` for an `n` below 1 or a ratio out
+    of range."""
     k = n_keep(n, filter_ratio)
     return torch.randperm(n, generator=generator)[:k]
 
@@ -50,8 +51,8 @@ def top_loss_select(
     learner_loss: Tensor, # [B] the learner's loss on each sample, any float dtype, finite; an array or a list will do
     filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
 ) -> Tensor: # [n_keep] positions, int64, on the losses' device, largest loss first
-    """Positions of the largest learner losses; ties go to the earlier position. Raises `TypeError` for losses that are no
-    array of floats; `ValueError` for a wrong shape, NaN or infinity, and a ratio out of range."""
+    """Positions of the largest learner losses; ties go to the earlier position. Raises `TypeError` for losses that
+    are no array of floats; `ValueError` for a wrong shape, NaN or infinity, and a ratio out of range."""
     loss, = _checked_losses(learner_loss=learner_loss)
     return _largest(loss, 'learner_loss', filter_ratio).to(device_of(learner_loss))
 
@@ -76,8 +77,9 @@ def gumbel_top_k(
     k: int, # samples to draw, from 1 to the number of finite logits
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
 ) -> Tensor: # [k] positions in the order of the draws, on the logits' device
-    """Draw `k` positions without replacement with probabilities proportional to exp(logits), one after the other. Raises
-    `TypeError` for logits that are no array of floats; `ValueError` for a wrong shape, NaN, +inf, and a `k` out of range."""
+    """Draw `k` positions without replacement with probabilities proportional to exp(logits), one after the other.
+    Raises `TypeError` for logits that are no array of floats; `ValueError` for a wrong shape, NaN, +inf, and a `k`
+    out of range."""
     x = float_tensor(logits, 'logits')
     if x.ndim != 1 or not len(x): raise ValueError(f"logits must be [B], got shape {list(x.shape)}")
     if not (x < torch.inf).all(): raise ValueError("logits hold NaN or +inf")
@@ -88,8 +90,9 @@ def selective_backprop_select(
     filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
 ) -> Tensor: # [n_keep] positions, int64, on the losses' device, in the order of the draws
-    """Draw `n_keep` samples with probability proportional to percentile**(1/q - 1) of their loss, q = 1 - filter_ratio
-    (arXiv 1910.00762; tied losses share their mean percentile: our interpretation). Raises as `top_loss_select` does."""
+    """Draw `n_keep` samples with probability proportional to percentile**(1/q - 1) of their loss, q = 1 -
+    filter_ratio (arXiv 1910.00762; tied losses share their mean percentile: our interpretation). Raises as
+    `top_loss_select` does."""
     loss, = _checked_losses(learner_loss=learner_loss)
     if loss.ndim != 1: raise ValueError(f"learner_loss must be [B], one loss a sample, got shape {list(loss.shape)}")
     k, ordered = n_keep(len(loss), filter_ratio), loss.sort().values
@@ -129,9 +132,9 @@ def jest_select(
     method: str='learnability', # learnability (learner - reference), hard (learner) or easy (-reference)
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
 ) -> Tensor: # [n_keep] positions, int64, on the learner losses' device, in the order of the draws
-    """Joint example selection (JEST, arXiv 2406.17711, algorithm 1). All `n_keep` samples are drawn: chunks may differ by
-    one in size (our interpretation). Raises `TypeError` for losses that are no array of floats; `ValueError` for wrong
-    shapes, NaN or infinity, a ratio or `n_chunks` out of range, and an unknown `method`."""
+    """Joint example selection (JEST, arXiv 2406.17711, algorithm 1). All `n_keep` samples are drawn: chunks may
+    differ by one in size (our interpretation). Raises `TypeError` for losses that are no array of floats;
+    `ValueError` for wrong shapes, NaN or infinity, a ratio or `n_chunks` out of range, and an unknown `method`."""
     learner, reference = _checked_losses(learner_loss=learner_loss, reference_loss=reference_loss)
     scores = dict(learnability=learner-reference, hard=learner, easy=-reference)
     if method not in scores: raise ValueError(f"method must be one of {', '.join(scores)}; got {method!r}")

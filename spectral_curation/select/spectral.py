@@ -20,8 +20,8 @@ def stratified_ranks(
     k: int, # samples to draw, 1 <= k <= n
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
 ) -> list[int]: # k ranks, ascending, each of 0 .. n-1 included with probability exactly k/n
-    """Draw one rank from each of `k` consecutive blocks of equal width `n/k` (Deville's systematic sampling for ranks that
-    lie across a border). Raises `ValueError` for a `k` that is not from 1 to `n`."""
+    """Draw one rank from each of `k` consecutive blocks of equal width `n/k` (Deville's systematic sampling for
+    ranks that lie across a border). Raises `ValueError` for a `k` that is not from 1 to `n`."""
     n = whole_number(n, 'n')
     k = whole_number(k, 'k', most=n)
     ranks = []
@@ -46,9 +46,9 @@ def select_by_vector(
     which: str='extremes', # extremes (the paper's), boundary, balanced or stratified
     generator: Optional[torch.Generator]=None, # for which='stratified': a CPU generator; None: torch's global one
 ) -> Tensor: # [k] or [n, k] positions, int64, on v's device, best first (for stratified: in descending order of v)
-    """Positions kept, given the Fiedler vector. Entries closer than about 1e-9 of the largest count as tied; ties go to
-    the earlier position. Raises `TypeError` for a `v` that is no array of floats; `ValueError` for a wrong shape, NaN or
-    infinity in it, a `k` that is not from 1 to B, and an unknown `which`."""
+    """Positions kept, given the Fiedler vector. Entries closer than about 1e-9 of the largest count as tied; ties
+    go to the earlier position. Raises `TypeError` for a `v` that is no array of floats; `ValueError` for a wrong
+    shape, NaN or infinity in it, a `k` that is not from 1 to B, and an unknown `which`."""
     if which not in which_kinds: raise ValueError(f"which must be one of {', '.join(which_kinds)}; got {which!r}")
     v = float_tensor(v, 'v')
     if v.ndim not in (1, 2) or 0 in v.shape:
@@ -78,8 +78,9 @@ def fiedler_select(
     n_neighbors: int=10, # for graph='knn': edges that each sample may claim, >= 1
     generator: Optional[torch.Generator]=None, # for which='stratified': a CPU generator; None: torch's global one
 ) -> Tensor: # [n_keep] or [n, n_keep] positions, int64, on the features' device, in descending order of score
-    """SALN's choice (arXiv 2412.17069): the positions of the samples that stay when a share `filter_ratio` of each batch
-    is removed. Raises what `fiedler_vector` raises, and `ValueError` for a ratio out of range or an unknown `which`."""
+    """SALN's choice (arXiv 2412.17069): the positions of the samples that stay when a share `filter_ratio` of each
+    batch is removed. Raises what `fiedler_vector` raises, and `ValueError` for a ratio out of range or an unknown
+    `which`."""
     check_filter_ratio(filter_ratio)
     v = fiedler_vector(features, laplacian, graph, n_neighbors)
     return select_by_vector(v, n_keep(v.shape[-1], filter_ratio), which, generator).to(device_of(features))
