@@ -166,7 +166,7 @@ def _scaled_rows(laplacian: _Laplacian, known: Tensor, shift: float, dtype: torc
     return a, a[:0]
 
 def _is_positive_definite(a: Tensor, p: Tensor) -> bool:
-    "Is `I - a'a + p'p` positive definite, with room for rounding?"
+    "Is `I - a'a + p'p` positive definite, with a margin for rounding?"
     n, dtype, one = a.shape[1], a.dtype, 1 - 2e4*torch.finfo(a.dtype).eps
     if a.device.type != 'cpu':
         matrix = one*torch.eye(n, dtype=dtype, device=a.device) - a.T @ a + p.T @ p

@@ -36,8 +36,7 @@ class History:
         n: int, # samples in the training set, >= 1
         alpha: float=0.8, # weight of a new value, 0 < alpha <= 1
     ):
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha, the weight of a new value, must be above 0 and at most 1; got {alpha}")
+        if not 0 < alpha <= 1: raise ValueError(f"alpha, a new value's weight, must be above 0, at most 1; got {alpha}")
         n, self.alpha = whole_number(n, 'n'), alpha
         self.mean, self.var = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
         self.seen = torch.zeros(n, dtype=torch.bool)
@@ -58,7 +57,10 @@ class History:
         self.mean[idx] = torch.where(new, scores, self.mean[idx] + self.alpha*delta)
         self.seen[idx] = True
 
-    def state_dict(self) -> dict: return dict(mean=self.mean, var=self.var, seen=self.seen)
+    def state_dict(self) -> dict: # mean [n], var [n] and seen [n]
+        "What `load_state_dict` continues from."
+        return dict(mean=self.mean, var=self.var, seen=self.seen)
+
     def load_state_dict(self,
         state: dict, # as `state_dict` returns it
     ) -> None:
