@@ -11,8 +11,9 @@ from typing import Optional, Union
 import numpy as np, torch
 from torch import Tensor
 
-from ..select.history import (History, epsilon_greedy_keep, infobatch_keep, keep_highest, n_kept,
-                                              random_keep, ucb_keep)
+from ..select.ratio import n_keep
+from ..select.losses import random_select
+from ..select.history import History, epsilon_greedy_keep, infobatch_keep, keep_highest, ucb_keep
 from .rules import Epoch, Rule
 
 # %% ../../nbs/train/01_epoch_rules.ipynb #bc90e5cf
@@ -82,8 +83,8 @@ class DynamicRule(HistoryRule):
         if policy not in allowed: raise ValueError(f"policy must be one of {', '.join(allowed)}; got {policy!r}")
         if every < 1 or every != int(every):
             raise ValueError(f"every, the epochs until another part is drawn, must be a whole number >= 1; got {every}")
-        empty = History(0, alpha)
-        epsilon_greedy_keep(empty, 0, epsilon); ucb_keep(empty, 0, c)       # refuse what they refuse, now
+        one = History(1, alpha)
+        epsilon_greedy_keep(one, 1, epsilon); ucb_keep(one, 1, c)       # refuse what they refuse, now
         self.policy, self.every, self.epsilon, self.c, self.alpha = policy, every, epsilon, c, alpha
         self.learns, self.kept = policy != 'random', None
 
@@ -95,8 +96,8 @@ class DynamicRule(HistoryRule):
         "The part of the training set in force, drawn again every `every` epochs."
         history = self.known(n)
         if self.kept is None or epoch.number % self.every == 0:
-            k, g = n_kept(n, filter_ratio), epoch.generator()
-            if self.policy == 'random': self.kept = random_keep(n, k, g)
+            k, g = n_keep(n, filter_ratio), epoch.generator()
+            if self.policy == 'random': self.kept = random_select(n, filter_ratio, g)
             elif self.policy == 'ucb': self.kept = ucb_keep(history, k, self.c, g)
             else: self.kept = epsilon_greedy_keep(history, k, self.epsilon, g)
         return self.kept
@@ -161,4 +162,4 @@ class StaticRule(EpochRule):
             raise ValueError(f"scores must be one number for each of the {n} training samples, "
                              f"got shape {list(np.shape(self.scores))}")
         scores = torch.zeros(n) if self.scores is None else torch.as_tensor(self.scores)
-        return keep_highest(scores, n_kept(n, filter_ratio), epoch._replace(number=0).generator())
+        return keep_highest(scores, n_keep(n, filter_ratio), epoch._replace(number=0).generator())
