@@ -80,7 +80,7 @@ def adjust_hue(
 
 # %% ../../nbs/lab/00_augment.ipynb #233878aa
 class ColorJitter(DisplayedTransform):
-    "Random brightness, contrast, saturation and hue, drawn for each training image; their order is drawn for each batch."
+    "Random brightness, contrast, saturation and hue, drawn for each training image; their order for each batch."
     order, split_idx = 40, 0
     def __init__(self,
         brightness: float=.2, # a: factors from 1-a to 1+a
@@ -89,8 +89,8 @@ class ColorJitter(DisplayedTransform):
         hue: float=.1, # h: shift from -h to h of the color circle
     ):
         super().__init__()
-        self.steps = [(adjust_brightness, 1, brightness), (adjust_contrast, 1, contrast), (adjust_saturation, 1, saturation),
-                      (adjust_hue, 0, hue)]
+        self.steps = [(adjust_brightness, 1, brightness), (adjust_contrast, 1, contrast),
+                      (adjust_saturation, 1, saturation), (adjust_hue, 0, hue)]
 
     def encodes(self,
         x: TensorImage, # [B, 3, H, W] with values from 0 to 1

@@ -23,10 +23,11 @@ from .augment import PaperResize, paper_tfms
 # %% ../../nbs/lab/00_data.ipynb #1d910a16
 def _checked_count(name: str, n: Optional[int], most: int, kind: str) -> int:
     "`n`, or all of them for None; `ValueError` for any number that there aren't."
-    if n is not None and not 1 <= n <= most: raise ValueError(f"{name} must be from 1 to {most}, the images {kind}; got {n}")
+    if n is not None and not 1 <= n <= most:
+        raise ValueError(f"{name} must be from 1 to {most}, the images {kind}; got {n}")
     return most if n is None else n
 
-def _train_and_valid(n: int, valid: int, seed: int, n_train: Optional[int], n_valid: Optional[int]=None) -> tuple[np.ndarray, np.ndarray]:
+def _train_and_valid(n: int, valid: int, seed: int, n_train: Optional[int], n_valid: Optional[int]) -> tuple:
     "Shuffled positions for training and for validation: of `n` images, `valid` are set aside for it."
     perm = np.random.default_rng(seed).permutation(n)
     n_train = _checked_count('n_train', n_train, n - valid, f'left for training after {valid} for validation')
@@ -81,10 +82,11 @@ def digits_dls(
     num_workers: int=0, # processes that read images; the digits are in memory
     device=None, # None: fastai's default
 ) -> DataLoaders: # train 1,079, valid 359, test 359
-    """scikit-learn's 1,797 handwritten digits (8x8, ten classes) as 3-channel images. Nothing to download; the reference
-    is their pixels. Raises `ValueError` for more images than there are, or fewer than one."""
+    """scikit-learn's 1,797 handwritten digits (8x8, ten classes) as 3-channel images. Nothing to download; the
+    reference is their pixels. Raises `ValueError` for more images than there are, or fewer than one."""
     digits = load_digits()
-    items = [dict(image=np.uint8(np.round(image*255/16)), label=int(y)) for image, y in zip(digits.images, digits.target)]
+    gray = np.uint8(np.round(digits.images*255/16))
+    items = [dict(image=image, label=int(y)) for image, y in zip(gray, digits.target)]
     n = len(items)//5
     perm = np.random.default_rng(split_seed).permutation(len(items))
     train, valid = _train_and_valid(len(items)-n, n, split_seed+1, n_train, n_valid)
@@ -94,15 +96,16 @@ def digits_dls(
 
 # %% ../../nbs/lab/00_data.ipynb #c76ce785
 def _data_folder(root: Union[str, Path, None]) -> Path:
-    return Path(root).expanduser() if root is not None else Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data'
+    if root is not None: return Path(root).expanduser()
+    return Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data'
 
 def _found_or_explained(find: Callable, name: str, place: Path, layout: str, given: bool):
     "`find()`, or an error that says which files are expected where."
     try: return find()
     except (OSError, RuntimeError) as e:
         if given: raise FileNotFoundError(f"no {name} at {place}. Expected there: {layout}") from e
-        raise FileNotFoundError(f"{name} could not be downloaded ({e}). Without a network, get the files, put them anywhere and "
-                                f"give that folder as root; expected there: {layout}") from e
+        raise FileNotFoundError(f"{name} could not be downloaded ({e}). Without a network, get the files, put them "
+                                f"anywhere and give that folder as root; expected there: {layout}") from e
 
 def _cifar10_folder(root: Union[str, Path, None]) -> Path:
     "The folder with `train` and `test`: `root`, its subfolder cifar10, or where fastai downloads it to."
@@ -118,7 +121,8 @@ def _cifar10_folder(root: Union[str, Path, None]) -> Path:
 def _long_tailed(idxs: np.ndarray, classes: list[int], imbalance: float) -> np.ndarray:
     "The first `imbalance**(k/last)` of the images of class k."
     if not 0 < imbalance <= 1:
-        raise ValueError(f"imbalance is what is left of the rarest class as a share of the most frequent one, above 0 and at most 1; got {imbalance}")
+        raise ValueError("imbalance is what is left of the rarest class as a share of the most frequent one, "
+                         f"above 0 and at most 1; got {imbalance}")
     classes = np.array(classes)
     most = np.bincount(classes).min()
     of = [idxs[classes == k][:max(1, round(most*imbalance**(k/classes.max())))] for k in range(classes.max()+1)]
@@ -139,8 +143,9 @@ def cifar10_dls(
     imbalance: Optional[float]=None, # training images left of the last class as a share of the first one's; None: all
 ) -> DataLoaders: # train 45,000, valid 5,000, test 10,000
     """CIFAR-10 in the layout of fastai's `URLs.CIFAR`; a tenth of its training images is for validation (our
-    interpretation: the paper does not say). With `imbalance`, classes are thinned out by equal factors (arXiv 1901.05555).
-    Raises `FileNotFoundError` where the files are missing, `ValueError` for more images than there are, or fewer than one."""
+    interpretation: the paper does not say). With `imbalance`, classes are thinned out by equal factors (arXiv
+    1901.05555). Raises `FileNotFoundError` where the files are missing, `ValueError` for more images than there are,
+    or fewer than one."""
     path = _cifar10_folder(root)
     train, test = (sorted(get_image_files(path/part)) for part in ('train', 'test'))
     vocab = sorted(p.name for p in (path/'train').iterdir() if p.is_dir())
@@ -155,7 +160,8 @@ def _flowers_folder(root: Union[str, Path, None]) -> Path:
     path = _data_folder(root)
     if path.name == 'flowers-102': path = path.parent
     layout = "flowers-102/jpg/*.jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat, as torchvision's Flowers102"
-    _found_or_explained(lambda: torchvision.datasets.Flowers102(path, download=root is None), 'Oxford-Flowers-102', path, layout, root is not None)
+    def find(): return torchvision.datasets.Flowers102(path, download=root is None)
+    _found_or_explained(find, 'Oxford-Flowers-102', path, layout, root is not None)
     return path/'flowers-102'
 
 def flowers_dls(
@@ -175,20 +181,24 @@ def flowers_dls(
     path = _flowers_folder(root)
     labels, ids = loadmat(path/'imagelabels.mat')['labels'][0], loadmat(path/'setid.mat')
     train, valid, test = (ids[k][0] for k in ('trnid', 'valid', 'tstid'))
-    if n_train is not None: train = train[_chosen(len(train), _checked_count('n_train', n_train, len(train), 'for training'), split_seed)]
-    if n_valid is not None: valid = valid[_chosen(len(valid), _checked_count('n_valid', n_valid, len(valid), 'for validation'), split_seed)]
-    test = _some_for_testing(test, n_test, split_seed)
-    items = [dict(path=path/f'jpg/image_{i:05d}.jpg', label=int(labels[i-1])) for i in np.concatenate([train, valid, test])]
-    ends = np.cumsum([0, len(train), len(valid), len(test)])
-    images = _Images('flowers', items, [range(*ends[i:i+2]) for i in range(3)], _open_image, _label, list(range(1, 103)))
+    n_tr = _checked_count('n_train', n_train, len(train), 'for training')
+    n_va = _checked_count('n_valid', n_valid, len(valid), 'for validation')
+    if n_train is not None: train = train[_chosen(len(train), n_tr, split_seed)]
+    if n_valid is not None: valid = valid[_chosen(len(valid), n_va, split_seed)]
+    numbers = np.concatenate([train, valid, _some_for_testing(test, n_test, split_seed)])
+    items = [dict(path=path/f'jpg/image_{i:05d}.jpg', label=int(labels[i-1])) for i in numbers]
+    splits = [range(n_tr), range(n_tr, n_tr+n_va), range(n_tr+n_va, len(items))]
+    images = _Images('flowers', items, splits, _open_image, _label, list(range(1, 103)))
     return _dataloaders(images, bs, size, augment, num_workers, device)
 
 # %% ../../nbs/lab/00_data.ipynb #aeccc73d
 def _pets_folder(root: Union[str, Path, None]) -> Path:
     path = _data_folder(root)
     if path.name == 'oxford-iiit-pet': path = path.parent
-    layout = "oxford-iiit-pet/images/*.jpg and oxford-iiit-pet/annotations/{trainval,test}.txt, as torchvision's OxfordIIITPet"
-    _found_or_explained(lambda: torchvision.datasets.OxfordIIITPet(path, download=root is None), 'Oxford-IIIT Pet', path, layout, root is not None)
+    layout = ("oxford-iiit-pet/images/*.jpg and oxford-iiit-pet/annotations/{trainval,test}.txt, "
+              "as torchvision's OxfordIIITPet")
+    def find(): return torchvision.datasets.OxfordIIITPet(path, download=root is None)
+    _found_or_explained(find, 'Oxford-IIIT Pet', path, layout, root is not None)
     return path/'oxford-iiit-pet'
 
 def _pets_items(path: Path, split: str) -> list[dict]:
@@ -208,9 +218,9 @@ def pets_dls(
     num_workers: Optional[int]=None, # processes that read images; None: one a core
     device=None, # None: fastai's default
 ) -> DataLoaders: # train 3,312, valid 368, test 3,669
-    """Oxford-IIIT Pet, 37 breeds; a tenth of its trainval set is for validation (our interpretation), its test set is the
-    test set. Raises `FileNotFoundError` where the files are missing, `ValueError` for more images than there are, or
-    fewer than one."""
+    """Oxford-IIIT Pet, 37 breeds; a tenth of its trainval set is for validation (our interpretation), its test set is
+    the test set. Raises `FileNotFoundError` where the files are missing, `ValueError` for more images than there are,
+    or fewer than one."""
     path = _pets_folder(root)
     trainval, test = _pets_items(path, 'trainval'), _pets_items(path, 'test')
     tr, va = _train_and_valid(len(trainval), len(trainval)//10, split_seed, n_train, n_valid)
