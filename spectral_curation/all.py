@@ -31,7 +31,9 @@ from .train.checkpoint import *
 from .train.diagnostics import *
 from .lab.data import *
 from .train.cached import *
+from .lab.methods import *
 from .lab.config import *
+from .lab.prepare import *
 from .lab.stats import *
 from .lab.results import *
 from .lab.run import *

@@ -17,7 +17,8 @@ from ..select.ratio import check_filter_ratio
 from ..features.reference import Reference, default_reference
 from ..train.learner import curated_learner
 from .data import datasets
-from .config import Config, dataset_defaults, forms, methods
+from .methods import methods
+from .config import Config, dataset_defaults, forms
 from .grid import grid, run_all
 from .compare import summarize
 

@@ -17,7 +17,8 @@ from fastprogress.fastprogress import progress_bar
 
 from ..select.ratio import n_keep
 from ..features.reference import default_reference, reference_features
-from .config import Config, make_dls, reference_of, scores_of
+from .config import Config
+from .prepare import make_dls, reference_of, scores_of
 from .stats import by_epoch_methods
 from .results import append_row, read_rows
 from .run import run

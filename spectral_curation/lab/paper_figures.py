@@ -17,7 +17,8 @@ from ..select.spectral import fiedler_select
 from ..features.store import atomic_write
 from ..features.reference import default_reference, reference_features
 from ..train.show import plot_selection
-from .config import Config, make_dls, reference_of
+from .config import Config
+from .prepare import make_dls, reference_of
 from .results import read_rows
 from .figures import plot_weights
 from .papers import experiment_folder

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 from scipy import stats
 
-from .config import method_options
+from .config import added_later
 
 # %% ../../nbs/lab/02_stats.ipynb #605caa25
 def mean_interval(
@@ -40,7 +40,7 @@ def kind_of(
 ) -> Kind:
     "The row of a table that a run belongs to."
     c = row['config']
-    return Kind(c['dataset'], c['method'], c['filter_ratio'], c['step'], c.get('form'), tuple((k, c[k]) for k in method_options if k in c and k not in ('n_test', 'checks')))
+    return Kind(c['dataset'], c['method'], c['filter_ratio'], c['step'], c.get('form'), tuple((k, c[k]) for k in added_later if k in c and k not in ('n_test', 'checks')))
 
 def labels(
     rows: list[dict], # lines of results
