@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['output_kind', 'clock', 'Progress', 'track']
 
-# %% ../../nbs/features/02_progress.ipynb #899fc78b
+# %% ../../nbs/features/02_progress.ipynb #57cac6e3
 import html, shutil, sys, time
 from typing import Iterable, Iterator, Optional
 
 from fastcore.imports import IN_NOTEBOOK
 
-# %% ../../nbs/features/02_progress.ipynb #c4f8e16a
+# %% ../../nbs/features/02_progress.ipynb #6b711fb9
 def output_kind() -> str: # notebook, terminal or lines
     "How progress is shown here: a bar in a `notebook` or on a `terminal`, plain `lines` anywhere else."
     if IN_NOTEBOOK: return 'notebook'
@@ -24,11 +24,12 @@ def clock(
     minutes, s = divmod(round(seconds), 60)
     return f'{minutes//60}:{minutes%60:02d}:{s:02d}' if minutes >= 60 else f'{minutes}:{s:02d}'
 
-# %% ../../nbs/features/02_progress.ipynb #6b7b32c9
+# %% ../../nbs/features/02_progress.ipynb #739b6879
 _open_bars: list['Progress'] = []
 
 class Progress:
-    "Counts finished pieces of work, in a `with` block. Inside another `Progress` it adds to that one's line; inside a hidden one it is hidden."
+    """Counts finished pieces of work, in a `with` block. Inside another `Progress` it adds to that one's line; inside a
+    hidden one it is hidden."""
     def __init__(self,
         total: int, # pieces of work
         what: str='', # what is counted
@@ -75,7 +76,7 @@ class Progress:
         outermost.last_drawn = time.monotonic()
         _draw_line[self.kind](outermost, ' | '.join(bar.text() for bar in _open_bars))
 
-# %% ../../nbs/features/02_progress.ipynb #3d0d6b35
+# %% ../../nbs/features/02_progress.ipynb #4be9aa62
 def _draw_on_terminal(bar: Progress, text: str) -> None:
     "Replace the terminal's last line; an empty text clears it."
     width = shutil.get_terminal_size().columns - 1
