@@ -6,16 +6,16 @@
 __all__ = ['grid', 'prepare_runs', 'run_here', 'run_all']
 
 # %% ../../nbs/lab/07_grid.ipynb #26699919
-import multiprocessing, os
+import multiprocessing, os, signal, threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterable, Optional, Union
 
 import torch
-from fastprogress.fastprogress import progress_bar
 
 from ..select.ratio import n_keep
+from ..features.progress import Progress, clock
 from ..features.reference import default_reference, reference_features
 from .config import Config
 from .prepare import make_dls, reference_of, scores_of
@@ -65,6 +65,24 @@ def prepare_runs(
 def run_here(c: Config, out: Path, progress: Optional[Callable]=None) -> dict:
     return run(c, progress=progress, artefacts=out/'runs'/f'{c.key}.npz', checkpoint=out/'runs'/f'{c.key}.pt')
 
+# %% ../../nbs/lab/07_grid.ipynb #39b5e179
+def _run_name(c: Config) -> str: return f'{c.dataset}, {c.method}, seed {c.seed}'
+
+def _stop_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+def _start_process(threads: int) -> None:
+    "What a process of runs does first."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+def _process_pool(jobs: int) -> ProcessPoolExecutor:
+    "Processes for so many runs at a time, each with its share of the cores."
+    threads = max(1, os.cpu_count()//jobs)
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), _start_process, (threads,))
+
 # %% ../../nbs/lab/07_grid.ipynb #b720ec57
 def run_all(
     configs: Iterable[Config], # what to run
@@ -80,27 +98,25 @@ def run_all(
     left = [c for c in configs if c.key not in done]
     for c in configs:
         if c.key in done: (out/'runs'/f'{c.key}.pt').unlink(missing_ok=True)     # killed between its line and its end
-    bar = progress_bar(range(sum(c.epochs for c in left)), leave=False) if progress and left else None
-    if bar: bar.update(0)
-    epochs = 0
-    def tick(c, n=1):
-        nonlocal epochs; epochs += n
-        if bar: bar.comment = f'{c.dataset}, {c.method}, seed {c.seed}'; bar.update(epochs)
-    def finish(c, row):
-        done[c.key] = row
-        append_row(out/'results.jsonl', row)
-        (out/'runs'/f'{c.key}.pt').unlink(missing_ok=True)
-    if jobs == 1:
-        for c in left: finish(c, run_here(c, out, lambda: tick(c)))
-    elif left:
-        prepare_runs(left)
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (max(1, os.cpu_count()//jobs),)) as pool:
-            running = {pool.submit(run_here, c, out): c for c in left}
-            try:
-                for f in as_completed(running): finish(c := running[f], f.result()); tick(c, c.epochs)
-            except BaseException:
-                processes = list(pool._processes.values())
-                pool.shutdown(wait=False, cancel_futures=True)
-                for p in processes: p.terminate()
-                raise
+    with Progress(sum(c.epochs for c in left), 'epochs', progress and bool(left)) as bar:
+        finished = 0
+        def finish(c, row):
+            nonlocal finished
+            done[c.key], finished = row, finished+1
+            append_row(out/'results.jsonl', row)
+            (out/'runs'/f'{c.key}.pt').unlink(missing_ok=True)
+            bar.report(f"{finished}/{len(left)} {_run_name(c)}: {row['test_accuracy']:.2%} test accuracy, {clock(row['total_seconds'])}")
+        if jobs == 1:
+            for c in left: finish(c, run_here(c, out, lambda: bar.advance(1, _run_name(c))))
+        elif left:
+            prepare_runs(left)
+            with _process_pool(jobs) as pool:
+                running = {pool.submit(run_here, c, out): c for c in left}
+                try:
+                    for f in as_completed(running): finish(c := running[f], f.result()); bar.advance(c.epochs, _run_name(c))
+                except BaseException:
+                    processes = list(pool._processes.values())
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for p in processes: p.terminate()
+                    raise
     return [done[c.key] for c in configs]

@@ -27,7 +27,7 @@ from ..train.checkpoint import Checkpoint
 from ..train.diagnostics import SelectionLog
 from .methods import method_named
 from .config import Config
-from .prepare import make_dls, prepare
+from .prepare import digits_on_one_thread, make_dls, prepare
 
 # %% ../../nbs/lab/04_run.ipynb #f92475a7
 class _Watch(Callback):
@@ -82,6 +82,7 @@ class _Recall(Callback):
         self.there += torch.bincount(y, minlength=len(self.there)); self.right += torch.bincount(y[self.pred.argmax(1).cpu() == y], minlength=len(self.there))
 
 # %% ../../nbs/lab/04_run.ipynb #3bcefa43
+@digits_on_one_thread
 def run(
     config: Config, # what to run
     progress: Optional[Callable]=None, # called after each epoch
