@@ -8,14 +8,15 @@ __all__ = ['make_dls', 'digits_on_one_thread', 'reference_of', 'reference_cost',
 # %% ../../nbs/lab/03_prepare.ipynb #4abdb2aa
 import hashlib, json, time
 from dataclasses import replace
-from functools import wraps
+from copy import copy
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Union
 
 import torch, torchvision, numpy as np
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import no_random, set_seed
 from torch import nn
 
 from ..features.weights import head_name
@@ -29,6 +30,18 @@ from .config import Config
 from .data import datasets
 
 # %% ../../nbs/lab/03_prepare.ipynb #875b96e9
+@lru_cache(maxsize=2)
+def _decoded_digits(**kwargs) -> DataLoaders:
+    "Small enough to be decoded once and kept."
+    with no_random(): return hold_on_device(datasets['digits'](**kwargs), progress=False)
+
+def _with_decoded_rows(dls: DataLoaders, decoded: DataLoaders) -> DataLoaders:
+    "`dls` with what `decoded` has read already: the same batches, drawn with the same random numbers."
+    result = copy(dls)
+    with no_random(): result.loaders = [dl.new() for dl in decoded.loaders]
+    for dl, original in zip(result.loaders, dls.loaders): dl.rng = original.rng
+    return result
+
 def make_dls(
     config: Config, # its data set, sizes, device and loading
 ) -> DataLoaders: # training, validation and test set
@@ -38,8 +51,8 @@ def make_dls(
     if c.num_workers is not None: kwargs['num_workers'] = c.num_workers
     if c.dataset != 'digits': kwargs['root'] = c.root
     if c.imbalance is not None: kwargs['imbalance'] = c.imbalance
-    dls = datasets[c.dataset](**kwargs)
-    return hold_on_device(dls, progress=False) if c.dataset == 'digits' else dls      # small: decoded once, not every epoch
+    if c.dataset != 'digits': return datasets[c.dataset](**kwargs)
+    return _with_decoded_rows(datasets['digits'](**kwargs), _decoded_digits(**kwargs))
 
 def digits_on_one_thread(
     f: Callable, # its first argument is a `Config`

@@ -100,7 +100,7 @@ def run(
     learn = curated_learner(dls, c.arch, c.weights, c.lr, cbs=[watch, selector, log, *curve])
     learn.recorder.train_metrics = True
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.fit(c.epochs, cbs=[Checkpoint(checkpoint)] if checkpoint else None)
+    with learn.no_bar(), learn.no_logging(): learn.fit(c.epochs, cbs=[Checkpoint(checkpoint, every=10)] if checkpoint else None)
     total = time.perf_counter() - start
     names = learn.recorder.metric_names[1:-1]
     history = []
