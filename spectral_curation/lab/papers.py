@@ -16,7 +16,7 @@ import pandas as pd
 
 from .data import datasets
 from .config import Config
-from .results import read_rows
+from .results import read_records
 from .grid import grid
 
 # %% ../../nbs/lab/10_papers.ipynb #d05e99aa
@@ -147,4 +147,4 @@ def experiment_rows(
     folder: Union[str, Path, None]=None, # as for `experiment_folder`
 ) -> list[dict]: # empty where it has not been run
     "The lines of results of a part."
-    return read_rows(experiment_folder(dataset, scale, part, folder)/'results.jsonl')
+    return read_records(experiment_folder(dataset, scale, part, folder)/'results.jsonl')
