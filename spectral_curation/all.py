@@ -36,6 +36,7 @@ from .lab.config import *
 from .lab.prepare import *
 from .lab.stats import *
 from .lab.results import *
+from .lab.watch import *
 from .lab.run import *
 from .lab.tables import *
 from .lab.figures import *

@@ -13,7 +13,7 @@ import torchvision
 
 from spectral_curation.lab.bench_train import digit_files
 from spectral_curation.lab.grid import grid, run_all
-from spectral_curation.lab.results import read_rows
+from spectral_curation.lab.results import read_records
 from spectral_curation.lab.paper_figures import read_figures, save_figures
 from spectral_curation.lab.paper_tables import claims_table, describe_rows, paper_table
 from spectral_curation.lab.papers import experiment_configs
@@ -39,7 +39,7 @@ def test_runs_in_processes_are_the_same_runs(tmp_path, one_thread, monkeypatch):
     configs = grid(['standard', 'saln', 'rho'], 1, n_train=128, n_valid=32, epochs=1, bs=32, size=16, device='cpu', cache=str(tmp_path/'cache'))
     alone, together = run_all(configs, tmp_path/'alone', False), run_all(configs, tmp_path/'together', False, jobs=2)
     assert list(map(timeless, alone)) == list(map(timeless, together))
-    assert {r['key'] for r in read_rows(tmp_path/'together/results.jsonl')} == {c.key for c in configs}
+    assert {r['key'] for r in read_records(tmp_path/'together/results.jsonl')} == {c.key for c in configs}
     with pytest.raises(ValueError, match='got 0'): run_all(configs, tmp_path/'alone', False, jobs=0)
 
 
@@ -63,10 +63,10 @@ def test_ctrl_c_stops_all_processes_and_keeps_their_lines(tmp_path):
     p.send_signal(signal.SIGINT)
     p.communicate(timeout=60)
     assert p.returncode == 130
-    before = read_rows(lines)
+    before = read_records(lines)
     assert 1 <= len(before) < 6
     subprocess.run(command, check=True)
-    after = read_rows(lines)
+    after = read_records(lines)
     assert after[:len(before)] == before and len({r['key'] for r in after}) == len(after) == 6
     assert not list((tmp_path/'out').rglob('*.pt'))
 
@@ -120,6 +120,6 @@ def test_committed_lines_are_what_their_keys_say():
     files = sorted(results.rglob('*.jsonl'))
     assert files
     for f in files:
-        rows = read_rows(f)
+        rows = read_records(f)
         for r in rows: assert hashlib.sha256(json.dumps(r['config'], sort_keys=True).encode()).hexdigest()[:16] == r['key'], f
         assert len({r['key'] for r in rows}) == len(rows), f

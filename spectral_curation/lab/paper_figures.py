@@ -19,7 +19,7 @@ from ..features.reference import default_reference, reference_features
 from ..train.show import plot_selection, principal_plane
 from .config import Config
 from .prepare import make_dls, reference_of
-from .results import read_rows
+from .results import read_records
 from .figures import plot_weights
 from .papers import experiment_folder
 
@@ -67,7 +67,7 @@ def save_figures(
 ) -> Path: # figures.json
     "Write what Figures 7 to 10 are drawn from."
     saved = dict(selection=batch_selection(config, batches), weights={})
-    for r in read_rows(folder/'results.jsonl'):
+    for r in read_records(folder/'results.jsonl'):
         path, m = folder/'runs'/f"{r['key']}.npz", r['config']['method']
         if m not in ('standard', 'saln') or m in saved['weights'] or not path.exists(): continue
         saved['weights'][m] = pack_picture(np.load(path, allow_pickle=False)['weight'])

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .methods import cost_share, method_named
 from .config import Config, dataset_defaults, mean_ratio
-from .results import read_rows
+from .results import read_records
 from .grid import grid
 
 # %% ../../nbs/lab/10_papers.ipynb #d05e99aa
@@ -171,4 +171,4 @@ def experiment_rows(
     folder: Union[str, Path, None]=None, # as for `experiment_folder`
 ) -> list[dict]: # empty where it has not been run
     "The result records of an experiment."
-    return read_rows(experiment_folder(dataset, scale, experiment, folder)/'results.jsonl')
+    return read_records(experiment_folder(dataset, scale, experiment, folder)/'results.jsonl')
