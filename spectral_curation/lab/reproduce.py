@@ -18,7 +18,7 @@ from ..features.store import atomic_write
 from .data import datasets
 from .grid import run_all
 from .cli import Parser, check_files, device_name, names_from, number
-from .papers import budget_shares, experiment_configs, experiment_folder, parts, scales
+from .papers import budget_methods, experiment_configs, experiment_folder, experiments, scales
 from .paper_tables import claims_table
 from .paper_figures import save_figures
 
@@ -47,7 +47,7 @@ def reproduce_parser() -> argparse.ArgumentParser:
     o = p.add_argument
     o('--dataset', choices=[d for d in datasets if d != 'digits'], required=True, help='data set')
     o('--scale', choices=list(scales), default='cpu', help="cpu: what two cores can do; paper: the paper's setting (default: cpu)")
-    o('--parts', type=names_from(parts), default=None, metavar='A,B', help=f"from {', '.join(parts)} (default: tables,budget, for cifar10 at scale cpu also ablation)")
+    o('--parts', type=names_from(experiments), default=None, metavar='A,B', help=f"from {', '.join(experiments)} (default: tables,budget, for cifar10 at scale cpu also ablation)")
     o('--seeds', type=number(int, 1), metavar='N', help='number of seeds (default: ' + ', '.join(f"{s} {v['seeds']}" for s, v in scales.items()) + ')')
     o('--root', metavar='FOLDER', help="folder that holds the data set's files (default: they are downloaded)")
     o('--weights', metavar='W', help='initial weights of ResNet-18: imagenet or a file (default: imagenet, downloaded)')
@@ -57,7 +57,7 @@ def reproduce_parser() -> argparse.ArgumentParser:
     o('--num_workers', type=number(int, 0), metavar='N', help='processes that read images (default: one a core)')
     o('--cache', metavar='FOLDER', help="where features and scores are kept")
     o('--jobs', type=number(int, 1), default=1, metavar='N', help='runs at a time, each with its share of the cores (default: 1)')
-    o('--methods', type=names_from(budget_shares), metavar='A,B', help='only these of the part budget (default: all)')
+    o('--methods', type=names_from(budget_methods), metavar='A,B', help='only these of the part budget (default: all)')
     o('--out', type=Path, metavar='FOLDER', help='folder for lines of results (default: results, or nbs/experiments/results in a clone)')
     o('--notebook', action='store_true', help="then run the experiment's notebooks (in a clone, with the dev extra)")
     return p
