@@ -28,7 +28,7 @@ def clock(
 _open_bars: list['Progress'] = []
 
 class Progress:
-    """Counts finished pieces of work, in a `with` block. Inside another `Progress` it adds to that one's line; inside a
+    """Counts finished pieces of work, in a `with` block. Inside another `Progress` it adds to that one's line, inside a
     hidden one it is hidden."""
     def __init__(self,
         total: int, # pieces of work
@@ -37,17 +37,22 @@ class Progress:
     ):
         self.total, self.what, self.show, self.done, self.comment = total, what, show, 0, ''
 
-    def __enter__(self) -> 'Progress':
+    def start(self) -> 'Progress':
+        "Show the bar. A `with` block does this and `stop`."
         self.kind = output_kind() if self.show and all(bar.show for bar in _open_bars) else 'hidden'
-        self.start, self.last_drawn = time.monotonic(), 0.
+        self.started, self.last_drawn = time.monotonic(), 0.
         _open_bars.append(self)
         self._draw()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def stop(self) -> None:
+        "Remove the bar."
         _open_bars.remove(self)
         if _open_bars: _open_bars[0]._draw()
         elif self.kind in _draw_line: _draw_line[self.kind](self, '')
+
+    def __enter__(self) -> 'Progress': return self.start()
+    def __exit__(self, *exception) -> None: self.stop()
 
     def advance(self,
         n: int=1, # pieces of work that have been finished
@@ -66,7 +71,7 @@ class Progress:
 
     def text(self) -> str: # without the bar
         "What is counted, how far it is, and how long that took and will take."
-        spent = time.monotonic()-self.start
+        spent = time.monotonic()-self.started
         left = clock(spent/self.done*(self.total-self.done)) if self.done else '?'
         return ' '.join(filter(None, (self.what, f'{self.done}/{self.total}', f'{clock(spent)}<{left}', self.comment)))
 
@@ -104,5 +109,5 @@ def track(
         for o in items:
             yield o
             progress.advance()
-        seconds = time.monotonic() - progress.start
+        seconds = time.monotonic() - progress.started
         if seconds > 10 and len(_open_bars) == 1: progress.report(f'{what}: {progress.done} in {clock(seconds)}')

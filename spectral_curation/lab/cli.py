@@ -31,10 +31,10 @@ def _names_with(quality: str, value: str) -> str:
 def parser() -> Parser:
     "The options of `curate`."
     p = Parser('curate', formatter_class=argparse.RawDescriptionHelpFormatter,
-               description='Train ResNet-18 on a data set with several data selection methods and compare them: tables\n'
-                           'with intervals, result records (results.jsonl) and figures.',
-               epilog=f'methods:\n{_list_of_methods()}\n\nAn interrupted command keeps its finished runs. The same command '
-                      'resumes\nwhere it stopped, also in the middle of a run.')
+               description='Train ResNet-18 on a data set with several data selection methods and compare them:\n'
+                           'tables with intervals, result records (results.jsonl) and figures.',
+               epilog=f'methods:\n{_list_of_methods()}\n\nAn interrupted command keeps its finished runs.\n'
+                      'The same command resumes where it stopped, also in the middle of a run.')
     _add_comparison_options(p)
     _add_training_options(p)
     add_machine_options(p, jobs='digits on a CPU: one a core; otherwise 1')
@@ -54,8 +54,8 @@ def _add_comparison_options(p: argparse.ArgumentParser) -> None:
            f"{_names_with('scheduled', True)}: its schedule, {Config.schedule})")
     o('--form', choices=forms, default='before_decode', metavar='F',
       help=f"when {_names_with('forms', ('before_decode', 'super_batch'))} choose: in_batch (everything is read: the "
-           "papers' protocol), before_decode (the same samples, and no others are read; the default) or super_batch (so "
-           'many candidates that batches of the size of --bs are kept; also for methods that look at losses)')
+           "papers' protocol), before_decode (the same samples, and no others are read; the default) or super_batch "
+           '(so many candidates that batches of the size of --bs are kept; also for methods that look at losses)')
     o('--seeds', type=number(int, 1), default=3, metavar='N',
       help='runs of each method, with seeds 0 to N-1 (default: 3)')
 
@@ -123,7 +123,7 @@ def curate(
     p = parser()
     fields = vars(p.parse_args(argv))
     own_options = 'methods', 'seeds', 'filter_ratio', 'dataset', 'jobs', 'out'
-    names, seeds, ratios, sets, jobs, out = (fields.pop(k) for k in own_options)      # the others are fields of `Config`
+    names, seeds, ratios, sets, jobs, out = (fields.pop(k) for k in own_options)      # the rest: `Config`
     start = time.perf_counter()
     try:
         configs = _checked_grid(p, names, seeds, ratios, sets, out, fields)

@@ -91,7 +91,7 @@ class ProgressBar(Report):
     def start(self, configs: list[Config]) -> None:
         self.bar = Progress(sum(c.epochs for c in configs), 'epochs', show=bool(configs))
         self.counted, self.runs, self.finished_runs = Counter(), len(configs), 0
-        self.bar.__enter__()
+        self.bar.start()
     def epoch(self, config: Config) -> None: self._count(config, 1)
     def finished(self, config: Config, record: dict) -> None:
         self._count(config, config.epochs - self.counted[config.key])
@@ -101,7 +101,7 @@ class ProgressBar(Report):
     def _count(self, config: Config, epochs: int) -> None:
         self.counted[config.key] += epochs
         self.bar.advance(epochs, _run_name(config))
-    def stop(self) -> None: self.bar.__exit__()
+    def stop(self) -> None: self.bar.stop()
 
 # %% ../../nbs/lab/07_grid.ipynb #e0f9a49e
 def run_once(

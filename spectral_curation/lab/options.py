@@ -61,8 +61,8 @@ def filter_ratios(
         try: ratio = float(part)
         except ValueError: ratio = math.nan
         if 0 <= ratio < 1: return ratio
-        raise argparse.ArgumentTypeError('must be a number with 0 <= filter_ratio < 1 (the share of the samples that is '
-                                         f'removed), or several, separated by commas; got {part!r}')
+        raise argparse.ArgumentTypeError('must be a number with 0 <= filter_ratio < 1 (the share of the samples that '
+                                         f'is removed), or several, separated by commas; got {part!r}')
     return list(dict.fromkeys(parse(part.strip()) for part in text.split(',')))
 
 # %% ../../nbs/lab/08_options.ipynb #131348f8
