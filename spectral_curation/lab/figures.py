@@ -52,6 +52,9 @@ def plot_curves(
         costs = np.cumsum(np.mean([[e.get('cost', 0) for e in run[:epochs]] for run in runs], 0))
         _draw_curve(axs, runs, np.arange(1, epochs+1) if x == 'epoch' else costs, _color(i))
     axs[0].set(ylabel='loss', yscale='log'); axs[1].set(ylabel='accuracy')
+    low, high = axs[0].get_ylim()
+    if high < 10*low: axs[0].yaxis.set_minor_formatter('{x:.3g}')
+    axs[0].yaxis.set_major_formatter('{x:.3g}')
     for ax in axs:
         ax.set_xlabel(x if x == 'epoch' else 'cost (learner forward passes)'); ax.grid(alpha=.3)
         if x == 'epoch': ax.xaxis.set_major_locator(MaxNLocator(integer=True))
