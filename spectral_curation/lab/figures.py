@@ -52,6 +52,9 @@ def plot_curves(
         costs = np.cumsum(np.mean([[e.get('cost', 0) for e in run[:epochs]] for run in runs], 0))
         _draw_curve(axs, runs, np.arange(1, epochs+1) if x == 'epoch' else costs, _color(i))
     axs[0].set(ylabel='loss', yscale='log'); axs[1].set(ylabel='accuracy')
+    low, high = axs[0].get_ylim()
+    if high < 10*low: axs[0].yaxis.set_minor_formatter('{x:.3g}')
+    axs[0].yaxis.set_major_formatter('{x:.3g}')
     for ax in axs:
         ax.set_xlabel(x if x == 'epoch' else 'cost (learner forward passes)'); ax.grid(alpha=.3)
         if x == 'epoch': ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -78,10 +81,20 @@ def _intervals(runs: list[tuple], by: str) -> list[np.ndarray]:
     points = [(position(g), *mean_interval([p[2] for p in g])) for g in groups]
     return [np.array(v, float) for v in zip(*sorted(points))]
 
-def _error_bars(ax: Axes, i: int, method: str, runs: list[tuple], by: str) -> None:
-    x, mean, half = _intervals(runs, by)
+def _error_bars(ax: Axes, i: int, method: str, x: np.ndarray, mean: np.ndarray, half: np.ndarray) -> None:
     style = _marker_shapes[i % len(_marker_shapes)] + ('-' if len(x) > 1 else '')
     ax.errorbar(x, 100*mean, 100*np.nan_to_num(half), fmt=style, color=_color(i), ms=6, capsize=2, lw=1, label=method)
+
+def _side_by_side(xs: list[np.ndarray], near: float=1.04, apart: float=.018) -> list[np.ndarray]:
+    "Positions on a logarithmic axis, those within a factor `near` of each other moved apart."
+    places = sorted((x, i, j) for i, of in enumerate(xs) for j, x in enumerate(of))
+    clusters, out = [], [np.array(x, float) for x in xs]
+    for place in places:
+        if not clusters or place[0] > near*clusters[-1][0][0]: clusters.append([])
+        clusters[-1].append(place)
+    for cluster in clusters:
+        for k, (x, i, j) in enumerate(cluster): out[i][j] = x*np.exp(apart*(k - (len(cluster)-1)/2))
+    return out
 
 def _accuracy_axes(ax: Optional[Axes], **labels) -> Axes:
     if ax is None: ax = plt.subplots(figsize=(7.5, 4), dpi=90, layout='constrained')[1]
@@ -93,8 +106,11 @@ def plot_cost(
     ax: Optional[Axes]=None, # None: a new figure
 ) -> Axes:
     "Test accuracy against cost, with 95% intervals."
-    ax = _accuracy_axes(ax, xscale='log', xlabel='cost (learner forward passes over one sample)')
-    for i, (method, runs) in enumerate(points.items()): _error_bars(ax, i, method, runs, 'cost')
+    xlabel = 'cost (learner forward passes over one sample; equal ones side by side)'
+    ax = _accuracy_axes(ax, xscale='log', xlabel=xlabel)
+    series = [_intervals(runs, 'cost') for runs in points.values()]
+    for i, (method, x, (_, mean, half)) in enumerate(zip(points, _side_by_side([s[0] for s in series]), series)):
+        _error_bars(ax, i, method, x, mean, half)
     _legend_beside(ax)
     return ax
 
@@ -106,7 +122,7 @@ def plot_ratio(
     "Test accuracy against filter ratio, with 95% intervals; a line across for methods without one."
     ax = _accuracy_axes(ax, xlabel='filter ratio')
     for i, (method, runs) in enumerate(points.items()):
-        if runs[0][0]: _error_bars(ax, i, method, runs, 'ratio')
+        if runs[0][0]: _error_bars(ax, i, method, *_intervals(runs, 'ratio'))
         else: ax.axhline(100*np.mean([r[2] for r in runs]), color=_color(i), lw=1, ls='--', label=method)
     _legend_beside(ax)
     return ax
