@@ -79,7 +79,7 @@ def _epoch(dls: DataLoaders, selector: Optional[Selector], weights=None, mixed: 
 
 # %% ../../nbs/lab/16_bench_train.ipynb #2433ea14
 def _plain_loop(dls: DataLoaders, mixed: bool) -> Callable:
-    "The network trained by a plain PyTorch loop on tensors on the device, not augmented: a bound for all that augments."
+    "The network trained by a plain PyTorch loop on tensors on the device, not augmented: a bound for the others."
     learn = curated_learner(dls, 'resnet18', metrics=[])
     model, (x, y), device = learn.model.to(dls.device), dls.train.rows, torch.device(dls.device)
     opt = torch.optim.SGD(model.parameters(), 1e-3, momentum=.9)

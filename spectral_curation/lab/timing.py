@@ -42,7 +42,8 @@ def comparison(
     for name, s in seconds.items():
         ratio = np.array(seconds[base] if len(s) == len(seconds[base]) else np.median(seconds[base]))/np.array(s)
         rows.append(dict(case=name, seconds=float(np.median(s)), least=min(s), most=max(s),
-                         speedup=float(np.median(ratio)), speedup_least=float(ratio.min()), speedup_most=float(ratio.max()), rounds=len(s),
+                         speedup=float(np.median(ratio)), speedup_least=float(ratio.min()),
+                         speedup_most=float(ratio.max()), rounds=len(s),
                          **{column: values.get(name) for column, values in columns.items()}))
     return rows
 
