@@ -12,12 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Optional, Union
 
-import pandas as pd
-
 from .methods import cost_share, method_named
 from .config import Config, dataset_defaults, mean_ratio
 from .results import read_records
-from .grid import grid
 
 # %% ../../nbs/lab/10_papers.ipynb #d05e99aa
 paper_csv = """table,dataset,method,metric,split,value
@@ -58,8 +55,9 @@ paper_csv = """table,dataset,method,metric,split,value
 15,cifar10,jest,accuracy,test,77.72
 16,cifar10,jest,minutes,train,37.68"""
 
-def paper_values() -> pd.DataFrame: # columns table, dataset, method, metric, split, value
+def paper_values() -> 'pandas.DataFrame': # columns table, dataset, method, metric, split, value
     "Every number of SALN's tables 1 to 16: accuracy in %, loss, and minutes on a T4."
+    import pandas as pd
     return pd.read_csv(io.StringIO(paper_csv))
 
 # %% ../../nbs/lab/10_papers.ipynb #c58c646f
@@ -77,6 +75,7 @@ _papers_methods = 'standard', 'saln', 'gstds', 'jest', 'random', 'standard_short
 def _tables(c: Config, seeds: int) -> list[Config]:
     "The methods of the papers and both controls at the cost of each."
     fixed = {k: v for k, v in vars(c).items() if k not in ('dataset', 'method', 'seed', 'filter_ratio')}
+    from spectral_curation.lab.grid import grid
     return grid(_papers_methods, seeds, datasets=[c.dataset], **fixed)
 
 def _rate(c: Config, seeds: int) -> list[Config]:
