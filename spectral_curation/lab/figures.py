@@ -128,7 +128,7 @@ def plot_ratio(
     return ax
 
 # %% ../../nbs/lab/06_figures.ipynb #1a9f9402
-_budget_shares = .054, .07, .1, .14, .2, .25, .35, .49, .7, .92
+_budget_shares = .053, .07, .1, .14, .2, .25, .35, .5, .7, .93
 
 def plot_budget(
     curves: dict[str, list[list[Point]]], # method -> runs -> points: share of standard training's cost, accuracy

@@ -202,8 +202,9 @@ def whatever_the_cost(
     by_seed, readings = _by_seed(runs), {}
     for s, r in _by_seed(others).items() if others else ():
         if s not in by_seed: continue
-        differs, times = disagreement(by_seed[s]['config'], r['config'], varied), r['cost']/by_seed[s]['cost']
-        how = f'not comparable: {differs}' if differs else f"{run_name(r['config'])}, {times:.1f} times the cost"
+        differs, times = disagreement(by_seed[s]['config'], r['config'], varied), f"{r['cost']/by_seed[s]['cost']:.1f}"
+        what = f"{run_name(r['config'])}, {'same' if times == '1.0' else f'{times} times the'} cost"
+        how = f'not comparable: {differs}' if differs else what
         readings[s] = Reading(None if differs else value(r), r['cost'], how)
     return _collected({s: value(r) for s, r in by_seed.items()}, readings)
 
