@@ -23,7 +23,7 @@ from .train.learner import curated_learner
 from .train.scores import early_scores, forgetting_scores, held_out_outputs
 from .train.checkpoint import Checkpoint
 from .train.diagnostics import SelectionLog
-from .train.cached import hold_on_device
+from .train.cached import cache_on_device
 from .train.show import plot_selection
 # lab: compare methods
 from .lab.data import cifar10_dls, digits_dls, flowers_dls, pets_dls

@@ -26,7 +26,7 @@ from ..train.by_index import RandomSubset, SALN
 from ..train.by_loss import JEST
 from ..train.by_epoch import DynamicPruning
 from ..train.learner import curated_learner
-from ..train.cached import hold_on_device
+from ..train.cached import cache_on_device
 from .timing import comparison, side_by_side
 
 # %% ../../nbs/lab/16_bench_train.ipynb #92eed1b4
@@ -125,7 +125,7 @@ def bench_epoch(
         selectors, cached = {name: s for name, s in selectors.items() if name == 'standard' or name in only}, False
     cases = {name: _epoch(dls, s, weights, mixed) for name, s in selectors.items()}
     if cached:
-        on_device, more = hold_on_device(dls, progress=progress), _cached_selectors(features, filter_ratio)
+        on_device, more = cache_on_device(dls, progress=progress), _cached_selectors(features, filter_ratio)
         cases |= {name: _epoch(on_device, s, weights, mixed) for name, s in more.items()}
         selectors |= more
         if mixed: cases['plain loop, cached, not augmented'] = _plain_loop(on_device, mixed)
@@ -210,7 +210,7 @@ def bench_loading(
 ) -> list[dict]:
     "Images a second of a training loader, augmentation included: from files, and from data cached on the device."
     dls = make_dls()
-    on_device, n = hold_on_device(dls, progress=progress), len(dls.train.dataset)
+    on_device, n = cache_on_device(dls, progress=progress), len(dls.train.dataset)
     def all_of(dl):
         for _ in dl: pass
         if on_gpu(dls): torch.cuda.synchronize()

@@ -24,7 +24,7 @@ from ..features.weights import head_name
 from ..features.reference import Reference, default_cache, default_reference, frozen_loader, reference_features
 from ..train.forward import forward_flops
 from ..train.learner import curated_learner
-from ..train.cached import hold_on_device
+from ..train.cached import cache_on_device
 from ..train.scores import Scores, cached_scores, early_scores, forgetting_scores, held_out_outputs
 from .methods import method_named
 from .config import Config
@@ -34,7 +34,7 @@ from .data import datasets
 @lru_cache(maxsize=2)
 def _decoded_digits(**kwargs) -> DataLoaders:
     "Small enough to be decoded once and kept."
-    with no_random(): return hold_on_device(datasets['digits'](**kwargs), progress=False)
+    with no_random(): return cache_on_device(datasets['digits'](**kwargs), progress=False)
 
 def _with_decoded_rows(dls: DataLoaders, decoded: DataLoaders) -> DataLoaders:
     "`dls` with what `decoded` has read already: the same batches, drawn with the same random numbers."
