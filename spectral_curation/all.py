@@ -15,7 +15,7 @@ from .select.losses import (jest_select, random_select, rho_select, selective_ba
 # features: a frozen reference, one row a sample
 from .features.reference import Reference, reference_features
 # train: selectors as fastai callbacks, and what goes with them
-from .train.selector import BatchSelector
+from .train.selector import BatchSelector, Selector
 from .train.by_index import GSTDS, RandomSubset, SALN
 from .train.by_loss import JEST, RHO, SelectiveBackprop, TopLoss
 from .train.by_epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning

@@ -20,7 +20,8 @@ from fastai.torch_core import set_seed, to_device
 from sklearn.datasets import load_digits
 from torch import nn
 
-from ..features.reference import Reference, feature_batches, frozen_loader, reference_features
+from ..features.extract import feature_batches, frozen_loader
+from ..features.reference import Reference, reference_features
 from ..train.selector import Selector
 from ..train.by_index import RandomSubset, SALN
 from ..train.by_loss import JEST

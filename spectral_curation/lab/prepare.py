@@ -21,7 +21,8 @@ from fastai.torch_core import no_random, set_seed
 from torch import nn
 
 from ..features.weights import head_name
-from ..features.reference import Reference, default_cache, default_reference, frozen_loader, reference_features
+from ..features.extract import frozen_loader
+from ..features.reference import Reference, default_cache, default_reference, reference_features
 from ..train.forward import forward_flops
 from ..train.learner import curated_learner
 from ..train.cached import cache_on_device
