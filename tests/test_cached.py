@@ -1,4 +1,4 @@
-"Held data on real image files: how often each is opened, also by worker processes; the same training; errors that come out of a worker."
+"Cached data on real image files: how often each is opened, the same training, and errors that come out of a worker."
 import numpy as np
 import pytest
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 
 from spectral_curation.train.by_index import SALN
 from spectral_curation.lab.data import cifar10_dls
-from spectral_curation.train.cached import hold_on_device
-from spectral_curation.features.reference import probe, reference_features
+from spectral_curation.train.cached import cache_on_device
+from spectral_curation.features.reference import reference_features
 
 
 def write(path, size, seed):
@@ -64,25 +64,26 @@ def test_each_file_is_opened_once(root, opened, workers, tmp_path):
     dls = make(root, workers)
     files = [str(f) for dl in dls.loaders for f in dl.dataset.items]
     opened()
-    held = hold_on_device(dls, progress=False)
+    cached = cache_on_device(dls, progress=False)
     assert sorted(opened()) == sorted(files)
-    learn = trained(held, tmp_path)
+    learn = trained(cached, tmp_path)
     learn.validate(ds_idx=2)
     learn.get_preds()
     assert not opened()
-    learn.get_preds(dl=held.test_dl(dls.valid_ds.items[:3], num_workers=0))
+    learn.get_preds(dl=cached.test_dl(dls.valid_ds.items[:3], num_workers=0))
     assert len(opened()) >= 3                      # other items are read
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_same_training_and_features(root, workers, tmp_path):
-    plain, held = make(root, workers), hold_on_device(make(root, workers), progress=False)
-    assert probe(plain) == probe(held)
-    for size in (None, 16): assert np.array_equal(*[reference_features(dls, 'pixels', size, cache=False, progress=False) for dls in (plain, held)])
-    squeezed = [dl.rows[0] for dl in (held.train, hold_on_device(make(root), progress=False).train)]
+    plain, cached = make(root, workers), cache_on_device(make(root, workers), progress=False)
+    for size in (None, 16):
+        features = [reference_features(dls, 'pixels', size, cache=False, progress=False) for dls in (plain, cached)]
+        assert np.array_equal(*features)
+    squeezed = [dl.rows[0] for dl in (cached.train, cache_on_device(make(root), progress=False).train)]
     assert torch.equal(*squeezed)                   # whoever reads them
     for cbs in (lambda: None, lambda: SALN(.5, 'pixels', cache=False)):
-        a, b = trained(plain, tmp_path, cbs=cbs()), trained(held, tmp_path, cbs=cbs())
+        a, b = trained(plain, tmp_path, cbs=cbs()), trained(cached, tmp_path, cbs=cbs())
         for t, t2 in zip(a.model.state_dict().values(), b.model.state_dict().values()): assert torch.equal(t, t2)
         assert a.recorder.values[-1][:3] == b.recorder.values[-1][:3]
 
@@ -92,14 +93,15 @@ def test_features_of_one_serve_the_other(root, tmp_path):
     first = reference_features(plain, 'pixels', cache=tmp_path, progress=False)
     file, = tmp_path.glob('*.npy')
     written = file.stat().st_mtime_ns
-    assert np.array_equal(reference_features(hold_on_device(plain, progress=False), 'pixels', cache=tmp_path, progress=False), first)
+    cached = cache_on_device(plain, progress=False)
+    assert np.array_equal(reference_features(cached, 'pixels', cache=tmp_path, progress=False), first)
     assert file.stat().st_mtime_ns == written and len(list(tmp_path.glob('*.npy'))) == 1
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_errors_come_out_of_workers(root, workers):
     def refused(dls, words):
-        with pytest.raises(ValueError) as e: hold_on_device(dls, progress=False)
+        with pytest.raises(ValueError) as e: cache_on_device(dls, progress=False)
         assert words in str(e.value) and 'Traceback' not in str(e.value)
     dls = make(root, workers, n_valid=20)
     dls.train.after_item.fs = dls.train.after_item.fs.filter(lambda t: type(t).__name__ != 'PaperResize')
@@ -109,22 +111,31 @@ def test_errors_come_out_of_workers(root, workers):
     refused(dls, 'draws random numbers for each item (FlipItem)')
 
 
+def test_worker_processes_ask_nothing_of_cuda(root, monkeypatch):
+    "A forked worker can't initialize CUDA, so the check for random numbers reads the CPU's generators alone."
+    def states():
+        if torch.utils.data.get_worker_info(): raise RuntimeError('Cannot re-initialize CUDA in forked subprocess')
+        return []
+    monkeypatch.setattr(torch.cuda, 'get_rng_state_all', states)
+    assert cache_on_device(make(root, 2), progress=False).train.uses_cache
+
+
 def test_a_broken_file_is_the_loaders_own_error(root, tmp_path):
     import shutil
     shutil.copytree(root, tmp_path/'copy')
     dls = make(tmp_path/'copy')
     dls.train_ds.items[3].write_bytes(b'no image')
-    with pytest.raises(Exception, match='cannot identify image file'): hold_on_device(dls, progress=False)
+    with pytest.raises(Exception, match='cannot identify image file'): cache_on_device(dls, progress=False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_on_a_gpu(root):
-    plain, held = make(root, augment=False), hold_on_device(make(root, augment=False), 'cuda', progress=False)
-    assert plain.device.type == 'cpu' and held.device.type == 'cuda'
-    assert all(t.is_cuda for dl in held.loaders for t in dl.rows)
-    for (x, y), (x2, y2) in zip(plain.train, held.train):
+    plain, cached = make(root, augment=False), cache_on_device(make(root, augment=False), 'cuda', progress=False)
+    assert plain.device.type == 'cpu' and cached.device.type == 'cuda'
+    assert all(t.is_cuda for dl in cached.loaders for t in dl.rows)
+    for (x, y), (x2, y2) in zip(plain.train, cached.train):
         assert x2.is_cuda and y2.is_cuda and type(x2) is type(x)
         torch.testing.assert_close(x.cpu(), x2.cpu())
         assert torch.equal(y, y2.cpu())
-    assert not held.cpu().train.rows[0].is_cuda
-    with pytest.raises(MemoryError, match='decoded'): hold_on_device(plain, 'cuda', max_bytes=1000, progress=False)
+    assert not cached.cpu().train.rows[0].is_cuda
+    with pytest.raises(MemoryError, match='decoded'): cache_on_device(plain, 'cuda', max_bytes=1000, progress=False)

@@ -25,6 +25,7 @@ from spectral_curation.train.by_index import GSTDS, RandomSubset, SALN
 from spectral_curation.train.by_loss import JEST, SelectiveBackprop, TopLoss
 from spectral_curation.train.selector import BatchSelector, Selector
 from spectral_curation.train.checkpoint import Checkpoint
+from spectral_curation.train.diagnostics import SelectionLog
 from spectral_curation.lab.data import digits_dls
 from spectral_curation.train.by_epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning
 
@@ -218,6 +219,25 @@ def test_stopped_and_continued(pair, tmp_path, name):
     for (kept, end), (then, continued) in zip(whole, pair(saved, name, tmp_path/'run.pt', 'go on')): assert continued == end and then == kept[2:]
     learn = learner(selectors[name]())
     with pytest.raises(ValueError, match='number of processes is 2, here it is 1'): fit(learn, Checkpoint(tmp_path/'run.pt'), epochs=4)
+
+
+def logged(rank, name):
+    learn, kept, log = learner(selectors[name](), rank), Kept(), SelectionLog()
+    with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, kept, log)
+    return kept.steps, log.offered.tolist(), log.kept.tolist(), log.gap, log.summary()
+
+@pytest.mark.parametrize('name', ['random', 'saln_super', 'ucb', 'static'])
+def test_the_log_counts_what_all_ranks_selected(pair, name):
+    "Each rank sees half of the samples of an epoch; a sample that the other one trained on was not left out."
+    for o in (got := pair(logged, name)):
+        if isinstance(o, Exception): raise o
+    (steps, *one), (other_steps, *other) = got
+    assert one == other
+    by_epoch = [{*chain(*a, *b)} for a, b in zip(steps, other_steps)]
+    offered, counted, gap, summary = one
+    assert counted == [sum(i in kept for kept in by_epoch) for i in range(n)]
+    assert all(k <= o for k, o in zip(counted, offered)) and len(gap) == (epochs if 'saln' in name else 0)
+    assert summary['never'] == pytest.approx(sum(k == 0 for k in counted)/n, abs=1e-6) if name in ('static', 'ucb') else summary['never'] < 1
 
 
 def test_without_accelerate(fresh):

@@ -27,7 +27,7 @@ from spectral_curation.train.selector import BatchSelector, Selector
 from spectral_curation.train.checkpoint import Checkpoint
 from spectral_curation.lab.data import cifar10_dls, digits_dls
 from spectral_curation.train.by_epoch import DynamicPruning, EpochSelector, InfoBatch, StandardShort, StaticPruning
-from spectral_curation.train.cached import hold_on_device
+from spectral_curation.train.cached import cache_on_device
 
 x = torch.randn(103, 6, generator=torch.Generator().manual_seed(0))
 tagged = [(torch.cat([a, torch.tensor([float(i)])]), int(a[0] > 0)) for i, a in enumerate(x)]      # each sample says which it is
@@ -166,7 +166,7 @@ def test_both_forms_with_held_data(make):
         for hold in (False, True):
             set_seed(0)
             dls = digits_dls(bs=16, size=8, n_train=90, n_valid=20, augment=False, device='cpu')
-            if hold: dls = hold_on_device(dls, progress=False)
+            if hold: dls = cache_on_device(dls, progress=False)
             indices = Indices()
             learn = quiet(learner([make(**kw), indices], dls, lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10))), 'fit', 3)
             runs.append((indices.all, [list(v) for v in learn.recorder.values], [p.tolist() for p in learn.model.parameters()]))

@@ -1,5 +1,7 @@
 "The project's own rules: README from the index notebook, no machine paths, no large files. Skipped outside a clone."
 import ast
+import configparser
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -78,6 +80,40 @@ def test_an_arrow_that_points_up_is_found(tmp_path):
     "The test above can fail: inside a function, relative or absolute."
     (file := tmp_path/'x.py').write_text('def f():\n    from ..train.by_index import SALN\n    import spectral_curation.lab.run\n')
     assert {'spectral_curation.train.by_index', 'spectral_curation.lab.run'} <= imports(file, 'select.x')
+
+
+def declared(key: str) -> set:
+    "Distributions that settings.ini names under this key, without versions."
+    ini = configparser.ConfigParser(delimiters=['='])
+    ini.read(root/'settings.ini', encoding='utf-8')
+    return {re.split(r'[<>=!~\[;]', r)[0].lower() for r in ini['DEFAULT'][key].split()}
+
+
+def undeclared(file: Path, requirements: set, whole_file: bool) -> set:
+    "Distributions that a module imports, at its top level or anywhere, and that are not among the requirements."
+    tree = ast.parse(file.read_text(encoding='utf-8'))
+    nodes = list(ast.walk(tree)) if whole_file else tree.body
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+    names = {n.split('.')[0] for n in names} - set(sys.stdlib_module_names) - {'spectral_curation'}
+    made_by = importlib.metadata.packages_distributions()
+    return {n for n in names if not {d.lower() for d in made_by.get(n, [n])} & requirements}
+
+
+def test_every_import_is_a_declared_requirement():
+    "Also what fastai brings along: what is imported is needed, whoever else needs it. In functions, dev will do."
+    needed, dev = declared('requirements'), declared('dev_requirements')
+    for name, file in modules().items():
+        assert not (missing := undeclared(file, needed, False)), (name, missing)
+        assert not (missing := undeclared(file, needed | dev, True)), (name, missing)
+
+
+def test_an_undeclared_import_is_found(tmp_path):
+    "The test above can fail: at the top level, and inside a function."
+    (file := tmp_path/'x.py').write_text('import os, numpy.linalg\nfrom sklearn import svm\ndef f(): import nbconvert\n')
+    assert undeclared(file, {'numpy'}, False) == {'sklearn'}
+    assert undeclared(file, {'numpy'}, True) == {'sklearn', 'nbconvert'}
+    assert not undeclared(file, {'numpy', 'scikit-learn', 'nbconvert'}, True)
 
 
 def test_modules_are_small():

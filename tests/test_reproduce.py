@@ -15,8 +15,9 @@ from spectral_curation.lab.bench_train import digit_files
 from spectral_curation.lab.grid import grid, run_all
 from spectral_curation.lab.results import read_records
 from spectral_curation.lab.paper_figures import read_figures, save_figures
-from spectral_curation.lab.paper_tables import claims_table, describe_rows, paper_table
-from spectral_curation.lab.papers import experiment_configs
+from spectral_curation.lab.paper_tables import budget_curves, claims_table, describe_rows, front_table, paper_table
+from spectral_curation.lab.papers import budget_methods, experiment_configs, experiment_rows, experiments
+from spectral_curation.lab.tables import control_titles
 from spectral_curation.lab.reproduce import curate_reproduce, execute_notebook
 
 clock = ('seconds', 'data', 'selection', 'training')
@@ -80,13 +81,14 @@ def test_an_experiment_end_to_end(tmp_path):
     rows = run_all(configs, tmp_path/'out', False)
     claims = claims_table(rows)
     assert list(claims.index) == ['standard', 'saln', 'gstds', 'jest'] and claims.loc['saln', 'cost'] == '20%'
-    assert all(claims.loc[m, f'against {c}, same cost'].endswith('(one seed)') for m in ('saln', 'jest') for c in ('random', 'cut short'))
+    for control in control_titles.values():
+        assert all(claims.loc[m, control].endswith('(one seed)') for m in ('saln', 'jest'))
     for n in range(9, 17): assert 'not run here' not in paper_table(n, rows)['ours'].tolist()
     save_figures(configs[0], tmp_path/'out', (0, 1))
     (tmp_path/'cifar10-cpu-tables').symlink_to(tmp_path/'out')
     figures = read_figures('cifar10', folder=tmp_path)
     assert [len(b['keep']) for b in figures['selection']] == [64, 64] and set(figures['weights']) == {'standard', 'saln'}
-    assert describe_rows(rows).startswith('10 runs, 10 kinds, seeds [0]')
+    assert describe_rows(rows).startswith('10 runs, 10 configurations, seeds [0]')
     assert read_figures('pets', folder=tmp_path) is None
 
 
@@ -123,3 +125,29 @@ def test_committed_lines_are_what_their_keys_say():
         rows = read_records(f)
         for r in rows: assert hashlib.sha256(json.dumps(r['config'], sort_keys=True).encode()).hexdigest()[:16] == r['key'], f
         assert len({r['key'] for r in rows}) == len(rows), f
+
+
+@pytest.mark.skipif(not results.is_dir(), reason='not in a clone of the repository')
+@pytest.mark.parametrize('dataset, experiment', [(d, e) for d in ('cifar10', 'flowers') for e in experiments
+                                                 if d == 'cifar10' or e != 'ablation'])
+def test_the_experiments_are_the_committed_runs(dataset, experiment):
+    "What `curate_reproduce` would run is what lies there: nothing is run again, nothing is left over."
+    rows = experiment_rows(dataset, experiment=experiment, folder=results)
+    weights, = {r['config']['weights'] for r in rows}
+    reference = next((r['config']['reference'] for r in rows if r['config']['method'] == 'saln'), None)
+    seeds = len({r['config']['seed'] for r in rows})
+    config = dict(weights=weights, reference=reference, device='cpu')
+    configs = experiment_configs(dataset, experiment=experiment, seeds=seeds, **config)
+    assert {c.key for c in configs} == {r['key'] for r in rows}
+
+
+@pytest.mark.skipif(not results.is_dir(), reason='not in a clone of the repository')
+def test_tables_of_the_committed_records():
+    "Every method of a budget has a curve of each seed; the front page's table compares every method."
+    for dataset in ('cifar10', 'flowers'):
+        curves = budget_curves(experiment_rows(dataset, experiment='budget', folder=results))
+        assert list(curves) == list(budget_methods) and all(len(of) == 5 for of in curves.values())
+    lines = front_table(results).splitlines()
+    assert len(lines) == 2 + 2*4 and len({line.count('|') for line in lines}) == 1
+    compared = [line for line in lines[2:] if '| standard |' not in line]
+    assert len(compared) == 6 and all(line.count(', p ') == 2 for line in compared)

@@ -6,67 +6,68 @@
 __all__ = ['read_weights', 'head_name', 'load_weights', 'pretrained', 'arch_of_file']
 
 # %% ../../nbs/features/00_weights.ipynb #7f4d34cb
-import difflib, json, math, re, struct
+import difflib, re
 from pathlib import Path
 from typing import Union
 
-import torch, torchvision
+import safetensors.torch, torch, torchvision
 from torch import Tensor, nn
 
 # %% ../../nbs/features/00_weights.ipynb #386c1695
-_safetensors_types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32,
-                          I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    data = path.read_bytes()
-    try:
-        n = struct.unpack('<Q', data[:8])[0]
-        if 8+n > len(data): raise ValueError('its header is cut off')
-        header, body, state = json.loads(data[8:8+n]), data[8+n:], {}
-        header.pop('__metadata__', None)
-        for name, h in header.items():
-            (start, stop), dtype = h['data_offsets'], _safetensors_types[h['dtype']]
-            if not 0 <= start <= stop <= len(body) or min(h['shape'], default=0) < 0 or stop-start != math.prod(h['shape'])*dtype.itemsize: raise ValueError(f"{name} lies outside the file")
-            state[name] = torch.frombuffer(bytearray(body[start:stop]), dtype=dtype).view(h['shape']) if stop > start else torch.empty(h['shape'], dtype=dtype)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as e:
+    try: state = safetensors.torch.load_file(path)
+    except OSError: raise
+    except Exception as e:
+        if re.search('unknown variant|dtype', str(e), re.IGNORECASE): raise ValueError(
+            f"{path} holds a data type that can not be read ({e}); save it in another one, such as float32") from e
         raise ValueError(f"{path} is not a complete safetensors file ({e}); copy or download it again") from e
+    return {name: t.clone() for name, t in state.items()}       # the library maps the file, which may change
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    save_one = "save one with torch.save(model.state_dict(), path)"
+    try: state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e: raise ValueError(f"{path} is not a state dict that can be read safely (torch.load with "
+                                            f"weights_only=True says: {str(e).splitlines()[0]}); {save_one}") from e
+    for key in ('state_dict', 'model'):
+        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
+    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+        raise ValueError(f"{path} holds no state dict (name -> tensor); {save_one}")
     return state
 
 def read_weights(
     path: Union[str, Path], # a .safetensors file, or a PyTorch state dict (read with weights_only=True)
 ) -> dict[str, Tensor]: # name -> tensor, on the CPU
-    "State dict stored in a local file; never unpickles code. Raises `FileNotFoundError`, or `ValueError` for a file of another kind or a damaged one."
+    """State dict stored in a local file; never unpickles code.
+    Raises `FileNotFoundError`, or `ValueError` for a damaged file, another kind of file, or an unknown data type."""
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no weights file at {path}")
-    if path.suffix == '.safetensors': return _read_safetensors(path)
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{path} is not a state dict that can be read safely (torch.load with weights_only=True says: {str(e).splitlines()[0]}); save one with torch.save(model.state_dict(), path)") from e
-    for key in ('state_dict', 'model'):
-        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
-    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()): raise ValueError(f"{path} holds no state dict (name -> tensor); save one with torch.save(model.state_dict(), path)")
-    return state
+    return _read_safetensors(path) if path.suffix == '.safetensors' else _read_state_dict(path)
 
 # %% ../../nbs/features/00_weights.ipynb #f5f06e22
 def head_name(
     model: nn.Module, # a classifier
 ) -> str: # its name in `model.named_modules()`
-    "Name of the last `nn.Linear` of a classifier: its head."
+    "Name of the last `nn.Linear` of a classifier: its head. Raises `ValueError` where there is none."
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not names: raise ValueError(f"{type(model).__name__} has no nn.Linear to take for its head; pass an nn.Module that returns features instead")
+    if not names: raise ValueError(f"{type(model).__name__} has no nn.Linear to take for its head; "
+                                   "pass an nn.Module that returns features instead")
     return names[-1]
 
 def load_weights(
     model: nn.Module, # a classifier; changed in place
     path: Union[str, Path], # as for `read_weights`
 ) -> nn.Module: # the same model
-    "Load all weights but the head's, which stays as it is unless the file has one of the same shape. Raises `ValueError` where anything else is missing, left over or of another shape."
+    """Load all weights but the head's, which stays as it is unless the file has one of the same shape.
+    Raises `ValueError` where anything else is missing, left over or of another shape."""
     state, own, head = read_weights(path), model.state_dict(), head_name(model) + '.'
     state = {k: v for k, v in state.items() if not (k.startswith(head) and (k not in own or own[k].shape != v.shape))}
-    missing, extra = [k for k in own if k not in state and not k.startswith(head)], [k for k in state if k not in own]
-    shapes = [k for k in state if k in own and own[k].shape != state[k].shape]
-    if missing or extra or shapes: raise ValueError(
-        f"{path} does not fit {type(model).__name__}: " + '; '.join(f"{len(ks)} {what} ({', '.join(ks[:3])}{', ...' if len(ks) > 3 else ''})"
-        for what, ks in (('missing', missing), ('not in the model', extra), ('of another shape', shapes)) if ks) + ". Is it for another architecture?")
+    faults = {'missing': [k for k in own if k not in state and not k.startswith(head)],
+              'not in the model': [k for k in state if k not in own],
+              'of another shape': [k for k in state if k in own and own[k].shape != state[k].shape]}
+    listed = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+              for what, names in faults.items() if names]
+    if listed: raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(listed)}. "
+                                "Is it for another architecture?")
     model.load_state_dict(state, strict=False)
     return model
 
@@ -74,27 +75,35 @@ def load_weights(
 def pretrained(
     arch: str, # a torchvision model name, e.g. 'resnet50'
 ) -> nn.Module: # with its ImageNet head
-    "torchvision model `arch` with torchvision's ImageNet weights; `FileNotFoundError` that names the file and its place where they can't be downloaded."
+    """torchvision model `arch` with torchvision's ImageNet weights. Raises `ValueError` for an unknown name, and
+    `FileNotFoundError`, with the file and its place, where the weights can't be downloaded."""
     _check_arch(arch)
     options = torchvision.models.get_model_weights(arch)
     weights = getattr(options, 'IMAGENET1K_V1', options.DEFAULT)
     try: return torchvision.models.get_model(arch, weights=weights)
     except OSError as e:
         place = Path(torch.hub.get_dir())/'checkpoints'/Path(weights.url).name
-        raise FileNotFoundError(f"no weights for {arch}: {weights.url} could not be downloaded ({e}). Without a network, put that file at {place}, or give the path of a local file instead of 'imagenet' or a model's name") from e
+        raise FileNotFoundError(
+            f"no weights for {arch}: {weights.url} could not be downloaded ({e}). Without a network, put that file at "
+            f"{place}, or give the path of a local file instead of 'imagenet' or a model's name") from e
 
-def _check_arch(arch: str) -> str:
+def _check_arch(arch: str) -> None:
     names = torchvision.models.list_models(module=torchvision.models)
-    if arch not in names:
-        near = difflib.get_close_matches(str(arch), names)
-        raise ValueError(f"{arch!r} is not the name of a torchvision model{'; did you mean ' + ' or '.join(near) + '?' if near else ''}")
-    return arch
+    if arch in names: return
+    near = difflib.get_close_matches(str(arch), names)
+    suggestion = f"; did you mean {' or '.join(near)}?" if near else ''
+    raise ValueError(f"{arch!r} is not the name of a torchvision model{suggestion}")
 
+# %% ../../nbs/features/00_weights.ipynb #290d4797
 def arch_of_file(
     path: Union[str, Path], # e.g. 'resnet50-0676ba61.pth', torchvision's own naming
 ) -> str: # a torchvision model name
-    "The architecture that a weights file is for, read from the start of its name as torchvision names its files."
+    """The architecture that a weights file is for, read from the start of its name as torchvision names its files.
+    Raises `ValueError` where the name starts with no model's name."""
     stem = Path(path).stem.lower()
-    names = [n for n in torchvision.models.list_models(module=torchvision.models) if re.match(re.escape(n) + r'(?![a-z0-9])', stem)]
-    if not names: raise ValueError(f"the name of {Path(path).name} does not begin with a torchvision model's name, so its architecture is unknown; rename it to something like resnet50-{Path(path).name}")
-    return max(names, key=len)
+    names = torchvision.models.list_models(module=torchvision.models)
+    fitting = [n for n in names if re.match(re.escape(n) + r'(?![a-z0-9])', stem)]
+    if not fitting: raise ValueError(
+        f"the name of {Path(path).name} does not begin with a torchvision model's name, so its architecture is "
+        f"unknown; rename it to something like resnet50-{Path(path).name}")
+    return max(fitting, key=len)

@@ -13,9 +13,10 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 
 from ..features.store import atomic_write
 from ..train.show import plot_selection
-from .stats import grouped
+from .comparable import grouped
 from .tables import paired_table, results_table
-from .figures import plot_cost, plot_curves, plot_diagnostics, plot_ratio, plot_weights
+from .figures import cost_points, plot_cost, plot_curves, plot_diagnostics
+from .figures import plot_ratio, plot_weights
 from .grid import Report, grid, run_all
 
 # %% ../../nbs/lab/08_compare.ipynb #569a1f96
@@ -28,11 +29,7 @@ def _save_figure(path: Path, draw: Callable) -> Path:
 
 def _figures_of_records(by_name: dict[str, list[dict]], out: Path) -> list[Path]:
     "`curves.png`, `cost.png` and, with several filter ratios, `ratio.png`."
-    points = {}
-    for runs in by_name.values():
-        for r in runs:
-            c = r['config']
-            points.setdefault(c['method'], []).append((c['filter_ratio'], r['cost'], r['test_accuracy']))
+    points = cost_points([r for runs in by_name.values() for r in runs])
     histories = {name: [r['history'] for r in runs] for name, runs in by_name.items()}
     files = [_save_figure(out/'curves.png', lambda: plot_curves(histories)),
              _save_figure(out/'cost.png', lambda: plot_cost(points))]

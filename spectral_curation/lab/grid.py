@@ -6,7 +6,7 @@
 __all__ = ['control_runs', 'grid', 'Report', 'ProgressBar', 'run_once', 'prepare_runs', 'run_all']
 
 # %% ../../nbs/lab/07_grid.ipynb #26699919
-import multiprocessing, os
+import multiprocessing, os, signal, threading
 from collections import Counter
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Iterable, Iterator, Optional, Union
 
 import torch
-from fastprogress.fastprogress import progress_bar
 
 from ..select.ratio import n_keep
+from ..features.progress import Progress, clock
 from .methods import control_ratio, controls, method_named, step_size
 from .config import Config, mean_ratio
 from .prepare import preparation_of, prepare
@@ -65,6 +65,8 @@ def grid(
     return list(runs.values())
 
 # %% ../../nbs/lab/07_grid.ipynb #b4b32c38
+def _run_name(c: Config) -> str: return f'{c.dataset}, {c.method}, seed {c.seed}'
+
 class Report:
     "What `run_all` tells while it works. This one shows nothing but who waits for whom; subclass it to show more."
     def start(self,
@@ -82,24 +84,28 @@ class Report:
         owner: str, # such as 'process 4711 on a-machine'
     ) -> None:
         "Another process is at a run of ours."
-        print(f"{config.dataset}, {config.method}, seed {config.seed}: {owner} is at this run; process {os.getpid()} "
-              "does its others first, then waits for it", flush=True)
+        print(f"{_run_name(config)}: {owner} is at this run; process {os.getpid()} does its others first, "
+              "then waits for it", flush=True)
     def stop(self) -> None: "All runs have ended, or an error or ctrl-c has ended them."
 
+# %% ../../nbs/lab/07_grid.ipynb #3326d6d9
 class ProgressBar(Report):
-    "A progress bar over the epochs of all runs."
+    "A progress bar over the epochs of all runs; where there can be none, a line for each finished run."
     def start(self, configs: list[Config]) -> None:
-        self.bar = progress_bar(range(sum(c.epochs for c in configs)), leave=False) if configs else None
-        self.done, self.counted = 0, Counter()
-        if self.bar: self.bar.update(0)
+        self.bar = Progress(sum(c.epochs for c in configs), 'epochs', show=bool(configs))
+        self.counted, self.runs, self.finished_runs = Counter(), len(configs), 0
+        self.bar.start()
     def epoch(self, config: Config) -> None: self._count(config, 1)
     def finished(self, config: Config, record: dict) -> None:
         self._count(config, config.epochs - self.counted[config.key])
+        self.finished_runs += 1
+        accuracy, seconds = record['test_accuracy'], clock(record['total_seconds'])
+        self.bar.report(f"{self.finished_runs}/{self.runs} {_run_name(config)}: "
+                        f"{accuracy:.2%} test accuracy, {seconds}")
     def _count(self, config: Config, epochs: int) -> None:
         self.counted[config.key] += epochs
-        self.done += epochs
-        self.bar.comment = f'{config.dataset}, {config.method}, seed {config.seed}'
-        if epochs: self.bar.update(self.done)
+        self.bar.advance(epochs, _run_name(config))
+    def stop(self) -> None: self.bar.stop()
 
 # %% ../../nbs/lab/07_grid.ipynb #e0f9a49e
 def run_once(
@@ -135,6 +141,17 @@ def prepare_runs(
     for what, c in by_preparation.items():
         if uses[what] > 1 and method_named(c.method).needs: prepare(c)
 
+def _stop_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+def _start_process(threads: int) -> None:
+    """What a process of runs does first. It ends with the one that started it, however that ended: `kill -9` leaves no
+    run behind that nobody waits for. Ctrl-c is the starter's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
 @contextmanager
 def _processes(jobs: int) -> Iterator[Optional[Executor]]:
     "Processes for so many runs at a time, each with its share of the cores; none for one job. They end with the block."
@@ -142,7 +159,7 @@ def _processes(jobs: int) -> Iterator[Optional[Executor]]:
         yield None
         return
     share = max(1, os.cpu_count()//jobs)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (share,)) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), _start_process, (share,)) as pool:
         try: yield pool
         except BaseException:
             processes = list(pool._processes.values())      # the executor has no public way to end them

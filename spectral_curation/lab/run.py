@@ -24,7 +24,7 @@ from ..train.checkpoint import Checkpoint
 from ..train.diagnostics import SelectionLog
 from .methods import method_named
 from .config import Config
-from .prepare import Prepared, make_dls, prepare
+from .prepare import Prepared, digits_on_one_thread, make_dls, prepare
 from .watch import AccuracyCurve, ClassRecall, EpochTimer, FirstBatches
 
 # %% ../../nbs/lab/04_run.ipynb #eb7d1280
@@ -90,10 +90,12 @@ def _fit(c: Config, selector: Selector, watchers: _Watchers, checkpoint: Union[s
     learn = curated_learner(make_dls(c), c.arch, c.weights, c.lr, cbs=[timer, selector, first, log, *curves])
     learn.recorder.train_metrics = True
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.fit(c.epochs, cbs=[Checkpoint(checkpoint)] if checkpoint else None)
+    cbs = [Checkpoint(checkpoint, every=10)] if checkpoint else None
+    with learn.no_bar(), learn.no_logging(): learn.fit(c.epochs, cbs=cbs)
     return learn, time.perf_counter() - start
 
 # %% ../../nbs/lab/04_run.ipynb #10c0f5d2
+@digits_on_one_thread
 def run_config(
     config: Config, # what to run
     progress: Optional[Callable]=None, # called after each epoch

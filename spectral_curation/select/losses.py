@@ -4,120 +4,158 @@
 
 # %% auto #0
 __all__ = ['random_select', 'top_loss_select', 'rho_select', 'gumbel_top_k', 'selective_backprop_select', 'chunk_sizes',
-           'jest_logits', 'jest_select', 'class_pair_losses']
+           'jest_logits', 'jest_select', 'checked_logits', 'class_pair_losses']
 
 # %% ../../nbs/select/04_losses.ipynb #76f6c2e1
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from .ratio import float_type, n_keep
+from .ratio import device_of, float64_tensor, float_tensor, index_tensor, n_keep, whole_number
 
 # %% ../../nbs/select/04_losses.ipynb #2aea8f9c
 def random_select(
-    n: int, # samples in the batch, >= 1
-    filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
+    n: int, # samples in the batch, or in the training set, >= 1
+    filter_ratio: float=0.8, # share that is removed, 0 <= filter_ratio < 1
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
 ) -> Tensor: # [n_keep] positions, int64, on the CPU, in random order
-    "Positions of a uniform random subset, drawn without replacement: the control that SALN's paper lacks."
-    return torch.randperm(n, generator=generator)[:n_keep(n, filter_ratio)]
+    """Positions of a uniform random subset, drawn without replacement: of a batch the control that SALN's paper lacks, of
+    the training set uniform random dynamic pruning. Raises `ValueError` for an `n` below 1 or a ratio out of range."""
+    k = n_keep(n, filter_ratio)
+    return torch.randperm(n, generator=generator)[:k]
 
 # %% ../../nbs/select/04_losses.ipynb #c646b786
-def _check_losses(**losses: Tensor) -> list[Tensor]:
-    "The losses in float64 (float32 on Apple's GPUs), or an error that says what is wrong with which."
-    shape = None
+def _checked_losses(**losses: Any) -> list[Tensor]:
+    "The losses in float64, or an error that says what is wrong with which."
+    checked, shape = [], None
     for name, loss in losses.items():
-        if not torch.is_tensor(loss) or not loss.is_floating_point(): raise TypeError(f"{name} must be a floating-point tensor with one loss a sample, got {loss.dtype if torch.is_tensor(loss) else type(loss).__name__}")
-        if loss.ndim not in (1, 2) or not len(loss) or loss.ndim == 2 and loss.shape[0] != loss.shape[1]: raise ValueError(f"{name} must be [B], or [B, B] for pairs, got shape {list(loss.shape)}")
-        if shape is not None and loss.shape != shape: raise ValueError(f"{name} has shape {list(loss.shape)}, the other loss {list(shape)}; they must be losses of the same samples")
-        if not loss.isfinite().all(): raise ValueError(f"{name} holds NaN or infinity at {(~loss.isfinite()).nonzero()[0].tolist()}; has training diverged?")
-        shape = loss.shape
-    return [loss.detach().to(float_type(loss.device)) for loss in losses.values()]
+        x = float64_tensor(loss, name)
+        if x.ndim not in (1, 2) or 0 in x.shape or x.ndim == 2 and x.shape[0] != x.shape[1]:
+            raise ValueError(f"{name} must be [B], or [B, B] for pairs, got shape {list(x.shape)}")
+        if shape not in (None, x.shape): raise ValueError(
+            f"{name} has shape {list(x.shape)}, the other loss {list(shape)}; they must be losses of the same samples")
+        if len(bad := (~x.isfinite()).nonzero()):
+            raise ValueError(f"{name} holds NaN or infinity at {bad[0].tolist()}; has training diverged?")
+        shape = x.shape
+        checked.append(x)
+    return checked
 
-def _vector(loss: Tensor, name: str) -> Tensor:
+def _largest(loss: Tensor, name: str, filter_ratio: float) -> Tensor:
+    "Positions of the largest entries of [B], ties to the earlier one."
     if loss.ndim != 1: raise ValueError(f"{name} must be [B], one loss a sample, got shape {list(loss.shape)}")
-    return loss
-
-def top_loss_select(
-    learner_loss: Tensor, # [B] the learner's loss on each sample, any float dtype, finite
-    filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
-) -> Tensor: # [n_keep] positions, int64, on the losses' device, largest loss first
-    "Positions of the largest learner losses; ties go to the earlier position."
-    loss = _vector(*_check_losses(learner_loss=learner_loss), 'learner_loss')
     return loss.argsort(descending=True, stable=True)[:n_keep(len(loss), filter_ratio)]
 
+def top_loss_select(
+    learner_loss: Tensor, # [B] the learner's loss on each sample, any float dtype, finite; an array or a list will do
+    filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
+) -> Tensor: # [n_keep] positions, int64, on the losses' device, largest loss first
+    """Positions of the largest learner losses; ties go to the earlier position. Raises `TypeError` for losses that are no
+    array of floats; `ValueError` for a wrong shape, NaN or infinity, and a ratio out of range."""
+    loss, = _checked_losses(learner_loss=learner_loss)
+    return _largest(loss, 'learner_loss', filter_ratio).to(device_of(learner_loss))
+
 def rho_select(
-    learner_loss: Tensor, # [B] the learner's loss on each sample
+    learner_loss: Tensor, # [B] the learner's loss on each sample, finite; an array or a list will do
     reference_loss: Tensor, # [B] the irreducible loss: that of a model trained on held-out data
     filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
-) -> Tensor: # [n_keep] positions, int64, on the losses' device, largest reducible loss first
-    "Positions of the largest reducible losses, learner minus reference (RHO-LOSS, arXiv 2206.07137, eq. 3)."
-    learner, reference = _check_losses(learner_loss=learner_loss, reference_loss=reference_loss)
-    return top_loss_select(learner - reference, filter_ratio)
+) -> Tensor: # [n_keep] positions, int64, on the learner losses' device, largest reducible loss first
+    """Positions of the largest reducible losses, learner minus reference (RHO-LOSS, arXiv 2206.07137, eq. 3). Raises
+    `TypeError` and `ValueError` as `top_loss_select` does, and `ValueError` where the two shapes differ."""
+    learner, reference = _checked_losses(learner_loss=learner_loss, reference_loss=reference_loss)
+    return _largest(learner - reference, 'learner_loss', filter_ratio).to(device_of(learner_loss))
 
 # %% ../../nbs/select/04_losses.ipynb #70a91f14
-def gumbel_top_k(
-    logits: Tensor, # [B] log-probabilities up to a constant; -inf: never
-    k: int, # samples to draw, at most the number of finite logits
-    generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
-) -> Tensor: # [k] positions in the order of the draws
-    "Draw `k` positions without replacement with probabilities proportional to exp(logits), one after the other."
+def _gumbel_top_k(logits: Tensor, k: int, generator: Optional[torch.Generator]) -> Tensor:
     u = torch.rand(logits.shape, generator=generator, dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
-    return (logits - (-u.log()).log().to(logits.device, logits.dtype)).topk(k).indices
+    minus_noise = (-u.log()).log().to(logits.dtype)         # cast first: not every device has float64
+    return (logits - minus_noise.to(logits.device)).topk(k).indices
+
+def gumbel_top_k(
+    logits: Tensor, # [B] log-probabilities up to a constant; -inf: never; an array or a list will do
+    k: int, # samples to draw, from 1 to the number of finite logits
+    generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
+) -> Tensor: # [k] positions in the order of the draws, on the logits' device
+    """Draw `k` positions without replacement with probabilities proportional to exp(logits), one after the other. Raises
+    `TypeError` for logits that are no array of floats; `ValueError` for a wrong shape, NaN, +inf, and a `k` out of range."""
+    x = float_tensor(logits, 'logits')
+    if x.ndim != 1 or not len(x): raise ValueError(f"logits must be [B], got shape {list(x.shape)}")
+    if not (x < torch.inf).all(): raise ValueError("logits hold NaN or +inf")
+    return _gumbel_top_k(x, whole_number(k, 'k', most=int((x > -torch.inf).sum())), generator)
 
 def selective_backprop_select(
-    learner_loss: Tensor, # [B] the learner's loss on each sample
+    learner_loss: Tensor, # [B] the learner's loss on each sample, finite; an array or a list will do
     filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
 ) -> Tensor: # [n_keep] positions, int64, on the losses' device, in the order of the draws
-    "Draw `n_keep` samples with probability proportional to percentile**(1/q - 1) of their loss, q = 1 - filter_ratio (arXiv 1910.00762; tied losses share their mean percentile: our reading)."
-    loss = _vector(*_check_losses(learner_loss=learner_loss), 'learner_loss')
-    k = n_keep(len(loss), filter_ratio)
-    ordered = loss.sort().values
-    rank = (torch.searchsorted(ordered, loss) + torch.searchsorted(ordered, loss, right=True) + 1)/2     # 1 .. B, ties share the mean
-    return gumbel_top_k((1/(1-filter_ratio) - 1) * (rank/len(loss)).log().to(loss.dtype), k, generator)
+    """Draw `n_keep` samples with probability proportional to percentile**(1/q - 1) of their loss, q = 1 - filter_ratio
+    (arXiv 1910.00762; tied losses share their mean percentile: our interpretation). Raises as `top_loss_select` does."""
+    loss, = _checked_losses(learner_loss=learner_loss)
+    if loss.ndim != 1: raise ValueError(f"learner_loss must be [B], one loss a sample, got shape {list(loss.shape)}")
+    k, ordered = n_keep(len(loss), filter_ratio), loss.sort().values
+    rank = (torch.searchsorted(ordered, loss) + torch.searchsorted(ordered, loss, right=True) + 1)/2     # from 1 to B
+    logits = (1/(1-filter_ratio) - 1) * (rank/len(loss)).log().to(loss.dtype)
+    return _gumbel_top_k(logits, k, generator).to(device_of(learner_loss))
 
 # %% ../../nbs/select/04_losses.ipynb #b5c5df42
 def chunk_sizes(
-    k: int, # samples to draw
+    k: int, # samples to draw, >= 0
     n_chunks: int, # chunks, >= 1
 ) -> list[int]: # at most n_chunks sizes that add up to k and differ by at most 1
-    "`k` split as evenly as possible."
-    if n_chunks < 1: raise ValueError(f"n_chunks must be at least 1, got {n_chunks}")
+    "`k` split as evenly as possible. Raises `ValueError` for a `k` below 0 or an `n_chunks` below 1."
+    k, n_chunks = whole_number(k, 'k', least=0), whole_number(n_chunks, 'n_chunks')
     return [s for i in range(n_chunks) if (s := k//n_chunks + (i < k % n_chunks))]
 
-def jest_logits(
-    scores: Tensor, # [B] scores of samples, or [B, B] of pairs
-    chosen: Tensor, # positions drawn before, int64
-) -> Tensor: # [B], -inf at the positions drawn before
-    "Logits of the next chunk given what has been drawn (JEST, algorithm 1); for vectors up to a constant."
+def _jest_logits(scores: Tensor, chosen: Tensor) -> Tensor:
     if scores.ndim == 1: logits = (1+len(chosen)) * scores
     else: logits = scores.diagonal() + scores[chosen].sum(0) + scores[:, chosen].sum(1)
     return logits.index_fill(0, chosen, -torch.inf)
 
+def jest_logits(
+    scores: Tensor, # [B] scores of samples, or [B, B] of pairs, finite; an array or lists will do
+    chosen: Tensor, # [m] positions drawn before, int64, from 0 to B-1
+) -> Tensor: # [B], float64, -inf at the positions drawn before
+    """Logits of the next chunk given what has been drawn (JEST, arXiv 2406.17711, algorithm 1); for vectors up to a
+    constant. Raises `TypeError` and `ValueError` for scores or positions of a wrong type, shape or range."""
+    x, = _checked_losses(scores=scores)
+    return _jest_logits(x, index_tensor(chosen, 'chosen', len(x)).to(x.device))
+
+# %% ../../nbs/select/04_losses.ipynb #bc36b756
 def jest_select(
-    learner_loss: Tensor, # [B] losses of samples, or [B, B] of pairs (image i, text j)
+    learner_loss: Tensor, # [B] losses of samples, or [B, B] of pairs (image i, text j); an array or lists will do
     reference_loss: Tensor, # the reference model's, same shape
     filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
-    n_chunks: int=16, # rounds in which the subset is drawn
+    n_chunks: int=16, # rounds in which the subset is drawn, >= 1
     method: str='learnability', # learnability (learner - reference), hard (learner) or easy (-reference)
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
-) -> Tensor: # [n_keep] positions, int64, on the losses' device, in the order of the draws
-    "Joint example selection (JEST, arXiv 2406.17711, algorithm 1). All `n_keep` samples are drawn: chunks may differ by one in size (our reading)."
-    learner, reference = _check_losses(learner_loss=learner_loss, reference_loss=reference_loss)
+) -> Tensor: # [n_keep] positions, int64, on the learner losses' device, in the order of the draws
+    """Joint example selection (JEST, arXiv 2406.17711, algorithm 1). All `n_keep` samples are drawn: chunks may differ by
+    one in size (our interpretation). Raises `TypeError` for losses that are no array of floats; `ValueError` for wrong
+    shapes, NaN or infinity, a ratio or `n_chunks` out of range, and an unknown `method`."""
+    learner, reference = _checked_losses(learner_loss=learner_loss, reference_loss=reference_loss)
     scores = dict(learnability=learner-reference, hard=learner, easy=-reference)
     if method not in scores: raise ValueError(f"method must be one of {', '.join(scores)}; got {method!r}")
     chosen = torch.empty(0, dtype=torch.int64, device=learner.device)
     for size in chunk_sizes(n_keep(len(learner), filter_ratio), n_chunks):
-        chosen = torch.cat([chosen, gumbel_top_k(jest_logits(scores[method], chosen), size, generator)])
-    return chosen
+        chosen = torch.cat([chosen, _gumbel_top_k(_jest_logits(scores[method], chosen), size, generator)])
+    return chosen.to(device_of(learner_loss))
 
 # %% ../../nbs/select/04_losses.ipynb #9a9a1957
+def checked_logits(
+    logits: Tensor, # [B, C] outputs of a classifier; a numpy array or nested lists will do
+    targets: Tensor, # [B] classes, whole numbers from 0 to C-1
+) -> tuple[Tensor, Tensor]: # both as tensors, targets in int64
+    "Logits and classes of one batch. Raises `TypeError` and `ValueError` for a wrong type, shape or range."
+    x = float_tensor(logits, 'logits')
+    if x.ndim != 2 or 0 in x.shape: raise ValueError(f"logits must be [B, C], got shape {list(x.shape)}")
+    return x, index_tensor(targets, 'targets', x.shape[1], length=len(x)).to(x.device)
+
 def class_pair_losses(
-    logits: Tensor, # [B, C] outputs of a classifier
-    targets: Tensor, # [B] classes, int64
-) -> Tensor: # [B, B] loss of image i with the class of label j
-    "Sigmoid contrastive losses between the images of a batch and the classes of its labels (after SigLIP, arXiv 2303.15343)."
+    logits: Tensor, # [B, C] outputs of a classifier; a numpy array or nested lists will do
+    targets: Tensor, # [B] classes, whole numbers from 0 to C-1
+) -> Tensor: # [B, B] loss of image i with the class of label j, float32
+    """Sigmoid contrastive losses between the images of a batch and the classes of its labels (after SigLIP, arXiv
+    2303.15343). Raises `TypeError` and `ValueError` for a wrong type, shape or range."""
+    logits, targets = checked_logits(logits, targets)
     same = targets[:, None] == targets[None]
     return -torch.nn.functional.logsigmoid(torch.where(same, 1., -1.) * logits[:, targets].float())

@@ -11,16 +11,19 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .ratio import n_keep
-from .fiedler import _fiedler_vector, one_thread
+from .ratio import check_filter_ratio, device_of, float_tensor, n_keep, whole_number
+from .fiedler import fiedler_vector
 
 # %% ../../nbs/select/03_spectral.ipynb #c6d13bf4
 def stratified_ranks(
-    n: int, # samples in the batch
+    n: int, # samples in the batch, >= 1
     k: int, # samples to draw, 1 <= k <= n
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
 ) -> list[int]: # k ranks, ascending, each of 0 .. n-1 included with probability exactly k/n
-    "Draw one rank from each of `k` consecutive blocks of equal width `n/k` (Deville's systematic sampling for ranks that lie across a border)."
+    """Draw one rank from each of `k` consecutive blocks of equal width `n/k` (Deville's systematic sampling for ranks that
+    lie across a border). Raises `ValueError` for a `k` that is not from 1 to `n`."""
+    n = whole_number(n, 'n')
+    k = whole_number(k, 'k', most=n)
     ranks = []
     for j, u in enumerate(torch.rand(k, generator=generator, dtype=torch.float64).tolist()):
         start, stop = j*n, (j+1)*n                      # in units of 1/k: rank i covers [i*k, (i+1)*k)
@@ -38,19 +41,26 @@ def stratified_ranks(
 which_kinds = 'extremes', 'boundary', 'balanced', 'stratified'
 
 def select_by_vector(
-    v: Tensor, # [B] or [n, B], a Fiedler vector
+    v: Tensor, # [B] or [n, B], a Fiedler vector, finite; a numpy array or lists will do
     k: int, # samples to keep, 1 <= k <= B
     which: str='extremes', # extremes (the paper's), boundary, balanced or stratified
     generator: Optional[torch.Generator]=None, # for which='stratified': a CPU generator; None: torch's global one
-) -> Tensor: # [k] or [n, k] positions, int64, best first (for stratified: in descending order of v)
-    "Positions kept, given the Fiedler vector. Entries closer than about 1e-9 of the largest count as tied; ties go to the earlier position."
+) -> Tensor: # [k] or [n, k] positions, int64, on v's device, best first (for stratified: in descending order of v)
+    """Positions kept, given the Fiedler vector. Entries closer than about 1e-9 of the largest count as tied; ties go to
+    the earlier position. Raises `TypeError` for a `v` that is no array of floats; `ValueError` for a wrong shape, NaN or
+    infinity in it, a `k` that is not from 1 to B, and an unknown `which`."""
     if which not in which_kinds: raise ValueError(f"which must be one of {', '.join(which_kinds)}; got {which!r}")
-    if not 1 <= k <= v.shape[-1]: raise ValueError(f"k must be from 1 to the batch size {v.shape[-1]}, got {k}")
+    v = float_tensor(v, 'v')
+    if v.ndim not in (1, 2) or 0 in v.shape:
+        raise ValueError(f"v must be [B], or [n, B] for n batches at once; got shape {list(v.shape)}")
+    if not v.isfinite().all(): raise ValueError("v holds NaN or infinity")
+    k = whole_number(k, 'k', most=v.shape[-1])
     levels = 2**30 if v.dtype == torch.float64 else 2**14
     v = (v / v.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) * levels).round()
     if which == 'stratified':
-        ranks = torch.tensor([stratified_ranks(v.shape[-1], k, generator) for _ in range(v[..., 0].numel())], device=v.device)
-        return v.argsort(dim=-1, descending=True, stable=True).gather(-1, ranks.view(*v.shape[:-1], k))
+        ranks = [stratified_ranks(v.shape[-1], k, generator) for _ in range(v[..., 0].numel())]
+        ranks = torch.tensor(ranks, device=v.device).view(*v.shape[:-1], k)
+        return v.argsort(dim=-1, descending=True, stable=True).gather(-1, ranks)
     order = v.abs().argsort(dim=-1, descending=which != 'boundary', stable=True)
     if which == 'balanced':
         positive = v.gather(-1, order) >= 0
@@ -58,15 +68,18 @@ def select_by_vector(
         order = order.gather(-1, rank_in_sign.argsort(dim=-1, stable=True))
     return order[..., :k]
 
+# %% ../../nbs/select/03_spectral.ipynb #67b11223
 def fiedler_select(
-    features: Tensor, # [B, d] or [n, B, d], any float dtype, any device, finite
+    features: Tensor, # [B, d] or [n, B, d], any float dtype, any device, finite; a numpy array or nested lists will do
     filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
     which: str='extremes', # extremes (the paper's), boundary, balanced or stratified
     laplacian: str='unnormalized', # unnormalized (the paper's), symmetric or random_walk
     graph: str='full', # full (the paper's) or knn
-    n_neighbors: int=10, # for graph='knn'
+    n_neighbors: int=10, # for graph='knn': edges that each sample may claim, >= 1
     generator: Optional[torch.Generator]=None, # for which='stratified': a CPU generator; None: torch's global one
 ) -> Tensor: # [n_keep] or [n, n_keep] positions, int64, on the features' device, in descending order of score
-    "SALN's choice (arXiv 2412.17069): the positions of the samples that stay when a share `filter_ratio` of each batch is removed."
-    k = n_keep(features.shape[-2] if features.ndim > 1 else 1, filter_ratio)
-    with one_thread(features): return select_by_vector(_fiedler_vector(features, laplacian, graph, n_neighbors), k, which, generator)
+    """SALN's choice (arXiv 2412.17069): the positions of the samples that stay when a share `filter_ratio` of each batch
+    is removed. Raises what `fiedler_vector` raises, and `ValueError` for a ratio out of range or an unknown `which`."""
+    check_filter_ratio(filter_ratio)
+    v = fiedler_vector(features, laplacian, graph, n_neighbors)
+    return select_by_vector(v, n_keep(v.shape[-1], filter_ratio), which, generator).to(device_of(features))

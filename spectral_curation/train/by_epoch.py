@@ -14,7 +14,8 @@ from fastcore.meta import delegates
 from torch import Tensor
 
 from ..select.ratio import n_keep
-from ..select.history import History, epsilon_greedy_keep, infobatch_keep, keep_highest, n_kept, random_keep, ucb_keep
+from ..select.losses import random_select
+from ..select.history import History, epsilon_greedy_keep, infobatch_keep, keep_highest, ucb_keep
 from ..features.processes import all_or_none, gathered
 from .plan import cut, whole_batches
 from .loader import IndexWatch
@@ -125,7 +126,7 @@ class DynamicPruning(HistorySelector):
         for name, value, allowed in (('policy', policy, ('random', 'epsilon_greedy', 'ucb')), ('score', score, ('loss', 'margin'))):
             if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         if every < 1 or every != int(every): raise ValueError(f"every, the epochs until the part is drawn again, must be a whole number of at least 1; got {every}")
-        empty = History(0, alpha); epsilon_greedy_keep(empty, 0, epsilon); ucb_keep(empty, 0, c)      # refuse what they refuse, now
+        one = History(1, alpha); epsilon_greedy_keep(one, 1, epsilon); ucb_keep(one, 1, c)      # refuse what they refuse, now
         self.policy, self.every, self.score, self.epsilon, self.c, self.alpha = policy, every, score, epsilon, c, alpha
         self.scores_samples, self.kept_set = policy != 'random', None
 
@@ -136,8 +137,8 @@ class DynamicPruning(HistorySelector):
 
     def choose(self, n: int) -> Tensor:
         if self.kept_set is None or self.epochs_begun % self.every == 0:
-            k, g = n_kept(n, self.filter_ratio), self.generator
-            self.kept_set = random_keep(n, k, g) if self.policy == 'random' else epsilon_greedy_keep(self.history, k, self.epsilon, g) if self.policy == 'epsilon_greedy' else ucb_keep(self.history, k, self.c, g)
+            k, g = n_keep(n, self.filter_ratio), self.generator
+            self.kept_set = random_select(n, self.filter_ratio, g) if self.policy == 'random' else epsilon_greedy_keep(self.history, k, self.epsilon, g) if self.policy == 'epsilon_greedy' else ucb_keep(self.history, k, self.c, g)
         return self.kept_set
 
     def after_loss(self):
@@ -202,7 +203,7 @@ class StaticPruning(EpochSelector):
     def choose(self, n: int) -> Tensor:
         if self.scores is not None and np.shape(self.scores) != (n,): raise ValueError(f"scores must be one number for each of the {n} training samples, got shape {list(np.shape(self.scores))}")
         scores = torch.zeros(n) if self.scores is None else torch.as_tensor(self.scores)
-        return keep_highest(scores, n_kept(n, self.filter_ratio), batch_generator(self.seed, 0, -1))
+        return keep_highest(scores, n_keep(n, self.filter_ratio), batch_generator(self.seed, 0, -1))
 
 # %% ../../nbs/train/08_by_epoch.ipynb #d3ebcd0f
 class StandardShort(EpochSelector):

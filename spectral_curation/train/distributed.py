@@ -40,8 +40,8 @@ class GroupDL(DistributedDL):
     ):
         if isinstance(dl, DistributedDL): dl, rank, world_size, device = dl.dl, dl.rank, dl.world_size, dl.device
         super().__init__(dl, rank, world_size, device)
-        held = getattr(type(self.dl), 'holds', None) and self.dl.holds      # rows on a device need no worker processes, and do not reach them
-        if held: self.fake_l.num_workers, self.fake_l.pin_memory, self.fake_l.timeout = 0, False, 0
+        cached = hasattr(type(self.dl), 'uses_cache') and self.dl.uses_cache    # cached rows need no worker processes
+        if cached: self.fake_l.num_workers, self.fake_l.pin_memory, self.fake_l.timeout = 0, False, 0
 
     def _broadcast(self, t, rank): return from_first(torch.LongTensor(t), process_rank()[1]).tolist()
 

@@ -7,19 +7,21 @@ __all__ = ['Scores', 'early_scores', 'Forgetting', 'forgetting_scores', 'held_ou
 
 # %% ../../nbs/train/10_scores.ipynb #5c69ce19
 import json, math, time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, NamedTuple, Union
+from typing import Callable, Iterator, NamedTuple, Union
 
 import torch, numpy as np
 from fastai.learner import Learner
 from fastai.torch_core import to_device
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
 from ..select.history import ForgettingCounter, el2n_scores, grand_last_layer_scores, grand_scores
+from ..features.progress import track
 from ..features.weights import head_name
 from ..features.store import StaleFeatures, load_features, save_features
-from ..features.reference import Reference, feature_batches, frozen_loader
+from ..features.extract import feature_batches, frozen_loader
+from ..features.reference import Reference
 from .selector import BatchSelector
 from .by_epoch import EpochSelector, StandardShort
 
@@ -28,56 +30,68 @@ class Scores(NamedTuple):
     "Numbers about the training samples, and what it took to get them."
     values: np.ndarray  # [N], or [N, C] for outputs
     cost: float         # in learner forward passes over one sample
-    seconds: float      # wall time
+    seconds: float      # wall time, until the values are on the CPU
 
 def _each_batch(learn: Learner, f: Callable, bs: int=64) -> np.ndarray:
     "`f(x, y)` for all training samples in data set order, not augmented, the model in evaluation mode."
     device = next(learn.model.parameters()).device
     with frozen_loader(learn.dls, bs) as dl, Reference(learn.model).frozen(device):
-        return torch.cat([f(*(t.as_subclass(Tensor) for t in to_device(tuple(b), device))).float().cpu() for b in dl]).numpy()
+        batches = (tuple(t.as_subclass(Tensor) for t in to_device(tuple(b), device)) for b in dl)
+        return torch.cat([f(*b).float().cpu() for b in batches]).numpy()
 
-def _train(learn: Learner, epochs: int, cbs=None) -> None:
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=cbs)
+def _samples_trained(learn: Learner, epochs: int, selector) -> int:
+    "Train for `epochs`, and return on how many samples."
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=[selector])
+    column = learn.recorder.metric_names.index('trained') - 1
+    return sum(int(v[column]) for v in learn.recorder.values[-epochs:])
 
 # %% ../../nbs/train/10_scores.ipynb #3932a60b
+@contextmanager
+def _score_function(model, score: str) -> Iterator[Callable]:
+    "A function of a batch `x`, `y` that gives the score of each sample under `model`."
+    if score == 'grand_full':
+        yield lambda x, y: grand_scores(model, x, y)
+        return
+    inputs, head = [], model.get_submodule(head_name(model))
+    @torch.no_grad()
+    def by_outputs(x, y):
+        inputs.clear()
+        out = model(x)
+        if score == 'el2n': return el2n_scores(out, y)
+        return grand_last_layer_scores(inputs[0], out, y, head.bias is not None)
+    hook = head.register_forward_hook(lambda m, i, o: inputs.append(i[0]))
+    try: yield by_outputs
+    finally: hook.remove()
+
+# %% ../../nbs/train/10_scores.ipynb #scearly
 def early_scores(
-    make_learner: Callable[[int], Learner], # seed -> a fresh learner on the training set, with a classifier as its model
-    epochs: int, # of a whole training
+    make_learner: Callable[[int], Learner], # seed -> a fresh learner on the training set, a classifier
+    epochs: int, # of a full training
     score: str='el2n', # el2n, grand (its last-layer form) or grand_full (all parameters)
     k: int=5, # models
-    share: float=0.05, # share of the whole training after which they score, 0 < share <= 1
+    share: float=0.05, # share of the full training after which they score, 0 < share <= 1
     seed: int=0, # models are made with seeds k*seed, ..., k*seed+k-1, and a large offset
     progress: bool=False, # show a progress bar
 ) -> Scores: # values [N]
-    "EL2N or GraNd (arXiv 2107.07075): the mean over `k` models early in training."
-    if score not in ('el2n', 'grand', 'grand_full'): raise ValueError(f"score must be el2n, grand or grand_full; got {score!r}")
+    """EL2N or GraNd (arXiv 2107.07075): the mean over `k` models early in training. Raises `ValueError` for options
+    outside their range, and where a model has diverged."""
+    if score not in ('el2n', 'grand', 'grand_full'):
+        raise ValueError(f"score must be el2n, grand or grand_full; got {score!r}")
     if k < 1: raise ValueError(f"k, the number of models, must be at least 1; got {k}")
     if not 0 < share <= 1: raise ValueError(f"share must be above 0 and at most 1; got {share}")
     start, total, trained = time.perf_counter(), 0, 0
     n_epochs = math.ceil(share*epochs - 1e-9)
-    for i in progress_bar(range(k), leave=False) if progress else range(k):
+    for i in track(range(k), 'models', progress):
         learn = make_learner(10_000 + k*seed + i)
         short = StandardShort(max(0., 1 - share*epochs/n_epochs), step=learn.dls.train.bs)
         trained += _samples_trained(learn, n_epochs, short)
-        model, inputs = learn.model, []
-        head = model.get_submodule(head_name(model))
-        hook = head.register_forward_hook(lambda m, i, o: inputs.append(i[0]))
-        @torch.no_grad()
-        def by_outputs(x, y):
-            inputs.clear()
-            out = model(x)
-            return el2n_scores(out, y) if score == 'el2n' else grand_last_layer_scores(inputs[0], out, y, head.bias is not None)
-        try: total = total + _each_batch(learn, (lambda x, y: grand_scores(model, x, y)) if score == 'grand_full' else by_outputs)
-        finally: hook.remove()
-    if not np.isfinite(total).all(): raise ValueError(f"the {score} of sample {int((~np.isfinite(total)).argmax())} is not finite: a model has diverged after {share:.0%} of {epochs} epochs; use a lower learning rate or a larger share")
-    n = len(learn.dls.train.dataset)
-    return Scores(total/k, 3*trained + k*n*(3 if score == 'grand_full' else 1), time.perf_counter()-start)
-
-def _samples_trained(learn: Learner, epochs: int, selector) -> int:
-    "Train, and say on how many samples."
-    _train(learn, epochs, [selector])
-    at = learn.recorder.metric_names.index('trained') - 1
-    return sum(int(v[at]) for v in learn.recorder.values[-epochs:])
+        with _score_function(learn.model, score) as f: total = total + _each_batch(learn, f)
+    bad = ~np.isfinite(total)
+    if bad.any():
+        raise ValueError(f"the {score} of sample {bad.argmax()} is not finite: a model has diverged after {share:.0%} "
+                         f"of {epochs} epochs; use a lower learning rate or a larger share")
+    scoring = k*len(learn.dls.train.dataset)*(3 if score == 'grand_full' else 1)
+    return Scores(total/k, 3*trained + scoring, time.perf_counter()-start)
 
 # %% ../../nbs/train/10_scores.ipynb #4c908d2d
 class Forgetting(BatchSelector):
@@ -90,41 +104,44 @@ class Forgetting(BatchSelector):
 
 def forgetting_scores(
     make_learner: Callable[[int], Learner], # seed -> a fresh learner on the training set
-    epochs: int, # of the whole training that counts
+    epochs: int, # of the full training that counts
     seed: int=0, # the model is made with this seed and a large offset
 ) -> Scores: # values [N]; inf: never right
-    "Right-to-wrong transitions during one full training run."
+    "Right-to-wrong transitions during one full training run (arXiv 1812.05159)."
     start, learn, cb = time.perf_counter(), make_learner(20_000 + seed), Forgetting()
     trained = _samples_trained(learn, epochs, cb)
     return Scores(cb.counter.scores().numpy(), 3*trained, time.perf_counter()-start)
 
 # %% ../../nbs/train/10_scores.ipynb #7c3d8b73
-class _Only(EpochSelector):
+class _FixedSubset(EpochSelector):
     "Train on these samples alone."
     def __init__(self, idx: Tensor, n: int):
         super().__init__(1 - len(idx)/n)
-        self.only = idx
-    def choose(self, n: int) -> Tensor: return self.only
+        self.subset = idx
+    def choose(self, n: int) -> Tensor: return self.subset
 
 def held_out_outputs(
     make_learner: Callable[[int], Learner], # seed -> a fresh learner on the training set
     epochs: int, # each model is trained for
-    folds: int=2, # parts; each is judged by a model trained on the others
-    seed: int=0, # of the parts; the models are made with this seed and a large offset
+    folds: int=2, # each gets the outputs of a model that was trained on the others, at least 2
+    seed: int=0, # of the folds; the models are made with this seed and a large offset
 ) -> Scores: # values [N, C]
-    "Outputs on every training sample of a model that was not trained on it, not augmented, in evaluation mode."
-    if folds < 2: raise ValueError(f"folds must be at least 2, so that there is a part to train on and one to judge; got {folds}")
+    """Outputs on every training sample of a model that was not trained on it, not augmented, in evaluation mode. Raises
+    `ValueError` for fewer than two folds, or fewer samples than folds."""
+    if folds < 2: raise ValueError(f"folds must be at least 2, one to train on and one to hold out; got {folds}")
     start, outputs, trained = time.perf_counter(), None, 0
     for i in range(folds):
         learn = make_learner(30_000 + folds*seed + i)
         n = len(learn.dls.train.dataset)
-        parts = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).chunk(folds)
-        if len(parts) < folds: raise ValueError(f"{folds} folds need at least as many training samples, got {n}")
-        trained += _samples_trained(learn, epochs, _Only(torch.cat([p for j, p in enumerate(parts) if j != i]), n))
-        part = parts[i].sort().values
-        out = np.concatenate(list(feature_batches(learn.dls, Reference(learn.model), idxs=part.tolist(), device=next(learn.model.parameters()).device, progress=False)))
+        fold_idx = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).chunk(folds)
+        if len(fold_idx) < folds: raise ValueError(f"{folds} folds need at least as many training samples, got {n}")
+        others = torch.cat([idx for j, idx in enumerate(fold_idx) if j != i])
+        trained += _samples_trained(learn, epochs, _FixedSubset(others, n))
+        held_out, device = fold_idx[i].sort().values, next(learn.model.parameters()).device
+        batches = feature_batches(learn.dls, Reference(learn.model), 64, device, held_out.tolist(), False)
+        out = np.concatenate(list(batches))
         if outputs is None: outputs = np.zeros((n, out.shape[1]), np.float32)
-        outputs[part.numpy()] = out
+        outputs[held_out.numpy()] = out
     return Scores(outputs, 3*trained + n, time.perf_counter()-start)
 
 # %% ../../nbs/train/10_scores.ipynb #01819e17
@@ -144,5 +161,6 @@ def cached_scores(
     scores = make()
     values = np.asarray(scores.values, np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_features(path, iter([values.reshape(len(values), -1)]), len(values), meta | dict(cost=scores.cost, seconds=scores.seconds, flat=values.ndim == 1))
+    described = meta | dict(cost=scores.cost, seconds=scores.seconds, flat=values.ndim == 1)
+    save_features(path, iter([values.reshape(len(values), -1)]), len(values), described)
     return scores._replace(values=values)
