@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['methods', 'Method', 'register', 'method_named', 'cost_share', 'theoretical_speedup', 'control_ratio', 'step_size',
-           'controls', 'standard_method', 'methods_table']
+           'controls', 'standard_method']
 
 # %% ../../nbs/lab/00_methods.ipynb #594ef2d4
 from dataclasses import dataclass
@@ -208,18 +208,3 @@ def controls(
 def standard_method() -> str:
     "The name of standard training, which all costs and times are compared with."
     return next(m.name for m in methods.values() if m.chosen == 'never')
-
-# %% ../../nbs/lab/00_methods.ipynb #7f01126b
-def methods_table(
-    filter_ratio: float=.8, # for the theoretical speed-up, 0 <= filter_ratio < 1
-) -> str: # markdown
-    "The methods in a table: title, source, name, callback, what each looks at, when it chooses, theoretical speed-up."
-    head = 'method', 'name in `curate`', 'callback', 'looks at', 'chooses', f'theoretical speed-up at {filter_ratio:g}'
-    lines = [head, ('---',)*len(head)]
-    for m in methods.values():
-        source = f' ([{m.source}](https://arxiv.org/abs/{m.source}))' if m.source else ''
-        speedup = None if m.scheduled else theoretical_speedup(m.name, filter_ratio)
-        when = dict(batch='per batch', epoch='per epoch', once='once', never='never')[m.chosen]
-        lines.append((m.title + source, f'`{m.name}`', f'`{m.callback}`', m.looks_at, when,
-                      f'{speedup:.2f}x' if speedup else '-'))
-    return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
