@@ -1,5 +1,5 @@
-"""Make README.md from nbs/index.ipynb, and the pictures it shows: `python nbs/readme.py`. With `--check`, run the index's
-code anew and only say whether the README, the pictures and the notebook's saved outputs still are what it gives."""
+"""Make README.md from nbs/index.ipynb, and the pictures it shows: `python nbs/readme.py`. With `--check`, run the
+index's code anew, and only say whether the README, the pictures and the saved outputs still are what it gives."""
 import ast
 import base64
 import json
@@ -53,8 +53,8 @@ def render(nb, texts: dict[str, str]) -> str:
 
 def saved_texts(nb) -> dict[str, str]:
     "Markdown among the saved outputs of the code cells, by the cell's id."
-    outputs = {c.id: [o['data'].get('text/markdown', '') for o in c.outputs if 'data' in o] for c in nb.cells if c.cell_type == 'code'}
-    return {cell: ''.join(map(str, texts)) for cell, texts in outputs.items() if any(texts)}
+    cells = [c for c in nb.cells if c.cell_type == 'code']
+    return {c.id: ''.join(o['data'].get('text/markdown', '') for o in c.outputs if 'data' in o) for c in cells}
 
 
 def summary_picture() -> bytes:

@@ -13,8 +13,9 @@ from fastcore.imports import IN_NOTEBOOK
 
 # %% ../../nbs/features/02_progress.ipynb #6b711fb9
 def output_kind() -> str: # notebook, terminal or lines
-    "How progress is shown here: a bar in a `notebook` or on a `terminal`, plain `lines` anywhere else."
-    if IN_NOTEBOOK: return 'notebook'
+    """How progress is shown here: a bar in a `notebook` or on a `terminal`, plain `lines` anywhere else, also where
+    standard error has been redirected."""
+    if IN_NOTEBOOK and type(sys.stderr).__module__.startswith('ipykernel'): return 'notebook'
     return 'terminal' if getattr(sys.stderr, 'isatty', bool)() else 'lines'
 
 def clock(
