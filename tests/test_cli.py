@@ -1,5 +1,8 @@
-"The command `curate` as a user meets it: in a process of its own, killed, stopped, resumed."
+"The command `curate` as a user meets it: in a process of its own, on a terminal, in a pipe, killed, stopped, resumed."
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -8,14 +11,26 @@ from pathlib import Path
 
 import pytest
 
+from spectral_curation.lab.methods import methods
+
 tiny = '--epochs 2 --n_train 256 --bs 64 --size 16 --device cpu --methods standard,random'.split()
 
 
-def start(tmp, *args):
+def start(tmp, *args, **kwargs):
     command = [Path(sys.executable).parent/'curate', *tiny, '--cache', tmp/'cache', '--out', tmp/'out', *args]
     # a shell starts its background jobs with ctrl-c ignored, and children inherit that; a terminal does not
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp,
+    kwargs = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | kwargs
+    return subprocess.Popen(list(map(str, command)), cwd=tmp, **kwargs,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def wait_until(reached, process, seconds=300):
+    "Poll until something has been reached; fail where the process ends before, or takes too long."
+    end = time.monotonic() + seconds
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, 'it takes too long'
+        time.sleep(.02)
 
 
 def lines(tmp):
@@ -27,46 +42,56 @@ clock = ('seconds', 'data', 'selection', 'training')
 
 
 def stripped(row):
-    "A result without what depends on the clock."
+    "A result record without what depends on the clock."
     row = json.loads(row)
-    return {k: v for k, v in row.items() if 'seconds' not in k} | dict(history=[{k: v for k, v in h.items() if k not in clock} for h in row['history']])
+    history = [{k: v for k, v in h.items() if k not in clock} for h in row['history']]
+    return {k: v for k, v in row.items() if 'seconds' not in k} | dict(history=history)
+
+
+def in_order(records):
+    "Several runs at a time end in any order."
+    return sorted(map(stripped, records), key=lambda r: r['key'])
 
 
 @pytest.mark.parametrize('methods, seeds, until', [
-    ('standard,random', 2, 'a line of results'),
+    ('standard,random', 2, 'a result record'),
     ('saln,ucb', 1, 'a checkpoint'),      # in the middle of a run
 ])
-def test_killed_and_resumed(tmp_path, methods, seeds, until):
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_killed_and_resumed(tmp_path, methods, seeds, until, jobs):
     "`kill -9` keeps what is finished; the same command does the rest and gives what an unbroken one gives."
-    args = ['--seeds', str(seeds), '--methods', methods, '--epochs', '3']
-    reached = (lambda: lines(tmp_path)) if until == 'a line of results' else (lambda: list((tmp_path/'out/runs').glob('*.pt')))
+    args = ['--seeds', str(seeds), '--methods', methods, '--epochs', '3', '--jobs', str(jobs)]
+    checkpoints = lambda: list((tmp_path/'out/runs').glob('*.pt'))
+    reached = checkpoints if until == 'a checkpoint' else lambda: lines(tmp_path)
     p = start(tmp_path, *args)
-    while not reached():
-        assert p.poll() is None, p.communicate()
-        time.sleep(.02)
-    p.send_signal(signal.SIGKILL); p.communicate()
+    wait_until(reached, p)
+    p.send_signal(signal.SIGKILL)
+    p.communicate(timeout=60)       # returns when the processes of its runs have ended, too: they share its output
     before = lines(tmp_path)
     total = seeds*2
-    assert len(before) < total
-    p = start(tmp_path, *args); out, err = p.communicate()
+    assert len(before) <= total
+    p = start(tmp_path, *args)
+    out, err = p.communicate(timeout=600)
     assert p.returncode == 0, err
     after = lines(tmp_path)
     keys = [json.loads(line)['key'] for line in after]
     assert after[:len(before)] == before and len(set(keys)) == len(keys) >= total
     assert methods.split(',')[0] in out
-    whole = tmp_path/'whole'; whole.mkdir()
-    start(whole, *args).communicate()
-    assert list(map(stripped, lines(whole))) == list(map(stripped, after))
+    unbroken = tmp_path/'unbroken'
+    unbroken.mkdir()
+    start(unbroken, *args).communicate(timeout=600)
+    assert in_order(lines(unbroken)) == in_order(after)
     assert not [f for f in (tmp_path/'out').rglob('*') if f.suffix in ('.tmp', '.pt')]
 
 
-def test_stopped_by_ctrl_c(tmp_path):
-    p = start(tmp_path, '--seeds', '3')
-    while not lines(tmp_path):
-        assert p.poll() is None, p.communicate()
-        time.sleep(.05)
-    p.send_signal(signal.SIGINT); out, err = p.communicate()
-    assert p.returncode == 130 and 'goes on from there' in err and 'Traceback' not in err
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_stopped_by_ctrl_c(tmp_path, jobs):
+    "Ctrl-c on a terminal reaches every process of the command; it ends with one line and no traceback."
+    p = start(tmp_path, '--seeds', '3', '--jobs', str(jobs), start_new_session=True)
+    wait_until(lambda: lines(tmp_path), p)
+    os.killpg(p.pid, signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'resumes from there' in err and 'Traceback' not in err, err
     assert lines(tmp_path)
 
 
@@ -78,16 +103,72 @@ def test_stopped_by_ctrl_c(tmp_path):
 ])
 def test_bad_values(tmp_path, args, words):
     (tmp_path/'broken.pth').write_bytes(b'not weights')
-    p = start(tmp_path, *args); out, err = p.communicate()
+    p = start(tmp_path, *args)
+    out, err = p.communicate(timeout=300)
     assert p.returncode == 2 and 'Traceback' not in err
-    said = [line for line in err.splitlines() if line.startswith('curate:')]
-    assert len(said) == 1 and all(w in said[0] for w in words), err
+    message = [line for line in err.splitlines() if line.startswith('curate:')]
+    assert len(message) == 1 and all(w in message[0] for w in words), err
     assert not (tmp_path/'out').exists()
 
 
 def test_help_explains_every_option(tmp_path):
-    p = start(tmp_path, '--help'); out, _ = p.communicate()
-    assert p.returncode == 0
-    for option in 'dataset root methods filter_ratio seeds epochs bs size lr n_train n_valid weights reference reference_size device num_workers cache out'.split():
-        start_ = out.index(f'  --{option} '); text = out[start_:start_+400]
-        assert 'default' in text, option
+    "Each option has a text of its own, which names its default; each method has a line."
+    out, _ = start(tmp_path, '--help').communicate(timeout=60)
+    options, listed = out.split('\nmethods:\n')
+    texts = dict(re.findall(r'^  --(\w+)\s(.*?)(?=^  --|\Z)', options.split('exit\n', 1)[1], re.S | re.M))
+    names = 'dataset methods filter_ratio form seeds epochs bs size lr n_train n_valid weights reference out'
+    assert set(texts) == {*names.split(), 'root', 'reference_size', 'device', 'num_workers', 'jobs', 'cache'}
+    for option, text in texts.items(): assert 'default' in text, option
+    for m in methods.values(): assert re.search(rf'^  {m.name}\s+{re.escape(m.title)}$', listed, re.M), m.name
+
+
+@pytest.mark.parametrize('command', ['cli:curate', 'reproduce:curate_reproduce', 'bench:curate_bench'])
+@pytest.mark.parametrize('args', [['--help'], ['--speed', '9'], ['--device']])
+def test_options_are_read_without_torch(fresh, command, args):
+    "Help and a refused option import nothing that takes long."
+    module, name = command.split(':')
+    heavy = fresh(f"""import json, sys
+from spectral_curation.lab.{module} import {name}
+try: {name}(sys.argv[1:])
+except SystemExit: pass
+heavy = {{'torch', 'fastai', 'numpy', 'pandas', 'matplotlib', 'sklearn', 'scipy'}}
+print(json.dumps(sorted(heavy & set(sys.modules))))""", *args)
+    assert heavy == []
+
+
+def test_a_method_that_is_registered_is_an_option(fresh):
+    "One record is all that the command line needs."
+    out = fresh("""import contextlib, io, json
+from spectral_curation.lab.methods import Method, register
+from spectral_curation.lab.cli import parser
+register(Method('mine', None, 'a method of mine', looks_at='nothing', chosen='batch'))
+p = parser()
+print(json.dumps(dict(help=p.format_help(), methods=p.parse_args(['--methods', 'mine']).methods)))""")
+    assert re.search(r'^  mine\s+a method of mine$', out['help'], re.M) and out['methods'] == ['mine']
+
+
+def test_a_log_gets_a_line_for_each_run(tmp_path):
+    "In a pipe: one plain line a finished run, no carriage return, and a table alone on standard output."
+    out, err = start(tmp_path, '--seeds', '2', '--methods', 'standard,saln').communicate(timeout=600)
+    progress = [line for line in err.splitlines() if re.match(r'\d/4 digits, ', line)]
+    assert [line[:3] for line in progress] == ['1/4', '2/4', '3/4', '4/4']
+    assert '\r' not in out + err and '1/4' not in out
+
+
+def test_a_terminal_gets_one_bar(tmp_path):
+    "On a terminal: the same line again and again, and nothing of it left at the end; features are part of it."
+    ours, theirs = pty.openpty()
+    p = start(tmp_path, '--seeds', '1', '--methods', 'saln', '--jobs', '1', stderr=theirs)
+    os.close(theirs)
+    shown = b''
+    while True:
+        try: part = os.read(ours, 10_000)
+        except OSError: break       # the last process that had the terminal has ended
+        if not part: break
+        shown += part
+    p.communicate(timeout=60)
+    frames = shown.decode(errors='replace').split('\r\x1b[K')
+    assert p.returncode == 0 and frames[-1] == ''
+    assert '\n' not in ''.join(frames[1:-1])
+    assert all(f.startswith('[') for f in frames[1:-1] if f), frames[:3]        # never a bar of something else
+    assert any('epochs 2/2' in f for f in frames)

@@ -2,7 +2,9 @@
 import ast
 import configparser
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,24 @@ def test_readme_is_made_from_the_index():
     pytest.importorskip('nbconvert')
     r = subprocess.run([sys.executable, root/'nbs/readme.py', '--check'], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
+
+
+def test_a_readme_that_is_out_of_date_is_found(tmp_path):
+    "The check runs the index's code: a figure that is changed in the README, or a method that is added, does not pass."
+    pytest.importorskip('nbconvert')
+    clone = tmp_path/'clone'
+    for part in ('nbs', 'spectral_curation'): shutil.copytree(root/part, clone/part)
+    text = (root/'README.md').read_text(encoding='utf-8')
+    def check(readme):
+        (clone/'README.md').write_text(readme, encoding='utf-8')
+        return subprocess.run([sys.executable, clone/'nbs/readme.py', '--check'], capture_output=True, text=True, env=env)
+    env = os.environ | dict(PYTHONPATH=str(clone))
+    assert check(text).returncode == 0
+    assert 'README.md' in check(text.replace('SALN: the ends', 'SALN: the end')).stderr
+    methods = clone/'spectral_curation/lab/methods.py'
+    mine = "\nregister(Method('mine', None, 'a method of mine', looks_at='nothing', chosen='batch'))\n"
+    methods.write_text(methods.read_text() + mine)
+    assert 'saved outputs' in check(text).stderr
 
 
 def test_readme_links_exist():

@@ -13,10 +13,11 @@ import torchvision
 
 from spectral_curation.lab.bench_train import digit_files
 from spectral_curation.lab.grid import grid, run_all
-from spectral_curation.lab.results import read_rows
+from spectral_curation.lab.results import read_records
 from spectral_curation.lab.paper_figures import read_figures, save_figures
-from spectral_curation.lab.paper_tables import claims_table, describe_rows, paper_table
-from spectral_curation.lab.papers import experiment_configs
+from spectral_curation.lab.paper_tables import budget_curves, claims_table, describe_rows, front_table, paper_table
+from spectral_curation.lab.papers import budget_methods, experiment_configs, experiment_rows, experiments
+from spectral_curation.lab.tables import control_titles
 from spectral_curation.lab.reproduce import curate_reproduce, execute_notebook
 
 clock = ('seconds', 'data', 'selection', 'training')
@@ -39,7 +40,7 @@ def test_runs_in_processes_are_the_same_runs(tmp_path, one_thread, monkeypatch):
     configs = grid(['standard', 'saln', 'rho'], 1, n_train=128, n_valid=32, epochs=1, bs=32, size=16, device='cpu', cache=str(tmp_path/'cache'))
     alone, together = run_all(configs, tmp_path/'alone', False), run_all(configs, tmp_path/'together', False, jobs=2)
     assert list(map(timeless, alone)) == list(map(timeless, together))
-    assert {r['key'] for r in read_rows(tmp_path/'together/results.jsonl')} == {c.key for c in configs}
+    assert {r['key'] for r in read_records(tmp_path/'together/results.jsonl')} == {c.key for c in configs}
     with pytest.raises(ValueError, match='got 0'): run_all(configs, tmp_path/'alone', False, jobs=0)
 
 
@@ -63,10 +64,10 @@ def test_ctrl_c_stops_all_processes_and_keeps_their_lines(tmp_path):
     p.send_signal(signal.SIGINT)
     p.communicate(timeout=60)
     assert p.returncode == 130
-    before = read_rows(lines)
+    before = read_records(lines)
     assert 1 <= len(before) < 6
     subprocess.run(command, check=True)
-    after = read_rows(lines)
+    after = read_records(lines)
     assert after[:len(before)] == before and len({r['key'] for r in after}) == len(after) == 6
     assert not list((tmp_path/'out').rglob('*.pt'))
 
@@ -80,34 +81,36 @@ def test_an_experiment_end_to_end(tmp_path):
     rows = run_all(configs, tmp_path/'out', False)
     claims = claims_table(rows)
     assert list(claims.index) == ['standard', 'saln', 'gstds', 'jest'] and claims.loc['saln', 'cost'] == '20%'
-    assert all(claims.loc[m, f'against {c}, same cost'].endswith('(one seed)') for m in ('saln', 'jest') for c in ('random', 'cut short'))
+    for control in control_titles.values():
+        assert all(claims.loc[m, control].endswith('(one seed)') for m in ('saln', 'jest'))
     for n in range(9, 17): assert 'not run here' not in paper_table(n, rows)['ours'].tolist()
     save_figures(configs[0], tmp_path/'out', (0, 1))
     (tmp_path/'cifar10-cpu-tables').symlink_to(tmp_path/'out')
     figures = read_figures('cifar10', folder=tmp_path)
     assert [len(b['keep']) for b in figures['selection']] == [64, 64] and set(figures['weights']) == {'standard', 'saln'}
-    assert describe_rows(rows).startswith('10 runs, 10 kinds, seeds [0]')
+    assert describe_rows(rows).startswith('10 runs, 10 configurations, seeds [0]')
     assert read_figures('pets', folder=tmp_path) is None
 
 
 def test_a_notebook_is_run_in_place(tmp_path):
     "With the new outputs where it succeeds; untouched where a cell fails."
-    pytest.importorskip('execnb')
+    pytest.importorskip('ipykernel')
+    from nbclient.exceptions import CellExecutionError
     def notebook(source): return dict(cells=[dict(cell_type='code', execution_count=None, id='a', metadata={}, outputs=[], source=[source])], metadata={}, nbformat=4, nbformat_minor=5)
     path = tmp_path/'n.ipynb'
     path.write_text(json.dumps(notebook('print(6*7)')))
     execute_notebook(path)
     assert json.loads(path.read_text())['cells'][0]['outputs'][0]['text'] == ['42\n']
     path.write_text(before := json.dumps(notebook('1/0')))
-    with pytest.raises(ZeroDivisionError): execute_notebook(path)
+    with pytest.raises(CellExecutionError, match='ZeroDivisionError'): execute_notebook(path)
     assert path.read_text() == before and [f.name for f in tmp_path.iterdir()] == ['n.ipynb']
 
 
 @pytest.mark.parametrize('args, said', [
     (['--dataset', 'digits'], "invalid choice: 'digits'"),
-    (['--dataset', 'flowers', '--parts', 'ablation', '--root', '.'], "'ablation' is an experiment on cifar10"),
+    (['--dataset', 'flowers', '--experiments', 'ablation', '--root', '.'], "'ablation' is an experiment on cifar10"),
     (['--dataset', 'cifar10', '--root', 'nowhere'], 'train/<class>/'),
-    (['--dataset', 'cifar10', '--parts', 'rates'], "'rates'"),
+    (['--dataset', 'cifar10', '--experiments', 'rates'], "'rates'"),
 ])
 def test_bad_options(args, said, capsys):
     with pytest.raises(SystemExit) as e: curate_reproduce(args)
@@ -120,6 +123,32 @@ def test_committed_lines_are_what_their_keys_say():
     files = sorted(results.rglob('*.jsonl'))
     assert files
     for f in files:
-        rows = read_rows(f)
+        rows = read_records(f)
         for r in rows: assert hashlib.sha256(json.dumps(r['config'], sort_keys=True).encode()).hexdigest()[:16] == r['key'], f
         assert len({r['key'] for r in rows}) == len(rows), f
+
+
+@pytest.mark.skipif(not results.is_dir(), reason='not in a clone of the repository')
+@pytest.mark.parametrize('dataset, experiment', [(d, e) for d in ('cifar10', 'flowers') for e in experiments
+                                                 if d == 'cifar10' or e != 'ablation'])
+def test_the_experiments_are_the_committed_runs(dataset, experiment):
+    "What `curate_reproduce` would run is what lies there: nothing is run again, nothing is left over."
+    rows = experiment_rows(dataset, experiment=experiment, folder=results)
+    weights, = {r['config']['weights'] for r in rows}
+    reference = next((r['config']['reference'] for r in rows if r['config']['method'] == 'saln'), None)
+    seeds = len({r['config']['seed'] for r in rows})
+    config = dict(weights=weights, reference=reference, device='cpu')
+    configs = experiment_configs(dataset, experiment=experiment, seeds=seeds, **config)
+    assert {c.key for c in configs} == {r['key'] for r in rows}
+
+
+@pytest.mark.skipif(not results.is_dir(), reason='not in a clone of the repository')
+def test_tables_of_the_committed_records():
+    "Every method of a budget has a curve of each seed; the front page's table compares every method."
+    for dataset in ('cifar10', 'flowers'):
+        curves = budget_curves(experiment_rows(dataset, experiment='budget', folder=results))
+        assert list(curves) == list(budget_methods) and all(len(of) == 5 for of in curves.values())
+    lines = front_table(results).splitlines()
+    assert len(lines) == 2 + 2*4 and len({line.count('|') for line in lines}) == 1
+    compared = [line for line in lines[2:] if '| standard |' not in line]
+    assert len(compared) == 6 and all(line.count(', p ') == 2 for line in compared)

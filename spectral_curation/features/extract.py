@@ -15,9 +15,9 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.torch_core import no_random, to_device
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
+from .progress import track
 from .fingerprint import n_samples
 from .model import Reference
 
@@ -57,7 +57,7 @@ def feature_batches(
     with frozen_loader(dls, bs, idxs) as dl, ref.frozen(device := torch.device(device or dls.device or 'cpu')):
         norm = next((t for t in getattr(dl.after_batch, 'fs', ()) if isinstance(t, Normalize)), None)
         samples, n_inputs = dl.get_idxs(), getattr(dl, 'n_inp', 1)
-        for i, b in enumerate(progress_bar(dl, leave=False) if progress and len(dl) > 1 else dl):
+        for i, b in enumerate(track(dl, 'features: batches', progress and len(dl) > 1)):
             images, *rest = to_device(tuple(b)[:n_inputs] if isinstance(b, (tuple, list)) else (b,), device)
             x = ref.undo(images, norm)
             limits = () if ref.expects == 'loader' else x.aminmax()

@@ -6,42 +6,49 @@
 __all__ = ['tables', 'bench_parser', 'curate_bench']
 
 # %% ../../nbs/lab/17_bench.ipynb #48cd51e0
-import argparse, json, sys, tempfile, time
+import argparse, json, tempfile, time
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
-from ..features.store import atomic_write
-from .data import cifar10_dls, datasets
-from .timing import as_table, machine
-from .bench_select import bench_fiedler, bench_scale
-from .bench_train import bench_epoch, bench_extraction, bench_loading, digit_files
+from .config import dataset_defaults
+from .options import Parser, check_device, number
 
 # %% ../../nbs/lab/17_bench.ipynb #d7bb10c2
 tables = 'fiedler', 'epoch', 'extraction', 'loading', 'scale'
 
 def bench_parser() -> argparse.ArgumentParser:
     "The options of `curate_bench`."
-    p = argparse.ArgumentParser('curate_bench', description='Measure speed and memory side by side; print each table and write it as JSON.')
+    p = Parser('curate_bench',
+               description='Measure speed and memory side by side; print each table and write it as JSON.')
+    p.add_argument('tables', nargs='*', metavar='TABLE',
+                   help=f"from {', '.join(tables)} (default: all; scale writes 5.2 GB to --folder for a while)")
+    _add_data_options(p)
     o = p.add_argument
-    o('tables', nargs='*', metavar='TABLE', help=f"from {', '.join(tables)} (default: all; scale writes 5.2 GB to --folder for a while)")
-    o('--dataset', choices=['digit_files', *(d for d in datasets if d != 'digits')], default='digit_files', help="images of epoch, extraction and loading (default: digit_files, scikit-learn's digits as JPEG files)")
-    o('--root', metavar='FOLDER', help="folder that holds the data set's files (default: they are downloaded)")
-    o('--size', type=int, default=32, metavar='PX', help='side of the images in pixels (default: 32)')
-    o('--bs', type=int, default=128, metavar='N', help='images in a batch (default: 128)')
-    o('--n_train', type=int, metavar='N', help='use only N training images (default: all)')
-    o('--workers', type=int, metavar='N', help='processes that read images (default: one a core)')
-    o('--reference', metavar='M', help="reference model: a torchvision model's name or a weights file (default: an untrained ResNet-18)")
-    o('--weights', metavar='W', help='initial weights of the ResNet-18 that is trained (default: random)')
-    o('--device', metavar='D', help='where to compute (default: as fastai)')
-    o('--rounds', type=int, default=5, metavar='N', help='times that each case is run, in turn (default: 5)')
-    o('--no_held', action='store_true', help='epoch: leave out data held on the device')
-    o('--only', action='append', metavar='CASE', help='epoch: this case beside standard training, and no others (can be given several times)')
+    o('--rounds', type=number(int, 1), default=5, metavar='N', help='times that each case is run, in turn (default: 5)')
+    o('--no_cached', action='store_true', help='epoch: leave out data that are decoded once and kept on the device')
+    o('--only', action='append', metavar='CASE',
+      help='epoch: this case beside standard training, and no others (can be given several times)')
     o('--tiny', action='store_true', help='tiny sizes, for a test of correctness')
-    o('--folder', type=Path, metavar='FOLDER', help='for large temporary files (default: the system\'s)')
-    o('--out', type=Path, default=Path('bench'), metavar='FOLDER', help='folder for one JSON file a table (default: bench)')
-    o('--name', metavar='NAME', help='added to the names of the files, e.g. of the data set')
+    o('--folder', type=Path, metavar='FOLDER', help="for large temporary files (default: the system's)")
+    o('--out', type=Path, default=Path('bench'), metavar='FOLDER',
+      help='folder for one JSON file a table (default: bench)')
+    o('--name', metavar='NAME', help='added to the names of the files, e.g. of the data set (default: nothing)')
     return p
+
+def _add_data_options(p: argparse.ArgumentParser) -> None:
+    o = p.add_argument
+    o('--dataset', choices=['digit_files', *(d for d in dataset_defaults if d != 'digits')], default='digit_files',
+      help="images of epoch, extraction and loading (default: digit_files, scikit-learn's digits as JPEG files)")
+    o('--root', metavar='FOLDER', help="folder that holds the data set's files (default: they are downloaded)")
+    o('--size', type=number(int, 8), default=32, metavar='PX', help='side of the images in pixels (default: 32)')
+    o('--bs', type=number(int, 2), default=128, metavar='N', help='images in a batch (default: 128)')
+    o('--n_train', type=number(int, 10), metavar='N', help='use only N training images (default: all)')
+    o('--workers', type=number(int, 0), metavar='N', help='processes that read images (default: one a core)')
+    o('--reference', metavar='M',
+      help="reference model: a torchvision model's name or a weights file (default: an untrained ResNet-18)")
+    o('--weights', metavar='W', help='initial weights of the ResNet-18 that is trained (default: random)')
+    o('--device', metavar='D', help='where to compute, such as cpu or cuda (default: a GPU where there is one)')
 
 # %% ../../nbs/lab/17_bench.ipynb #d521391a
 def curate_bench(
@@ -52,28 +59,54 @@ def curate_bench(
     a = p.parse_args(argv)
     for t in a.tables:
         if t not in tables: p.error(f"tables are {', '.join(tables)}; got {t!r}")
-    for option, least in (('rounds', 1), ('size', 8), ('bs', 2), ('n_train', 10), ('workers', 0)):
-        if (v := getattr(a, option)) is not None and v < least: p.error(f"argument --{option}: must be at least {least}, got {v}")
+    check_device(p, a.device)
     try: a.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: p.error(f"argument --out: must be a folder that can be written, got {str(a.out)!r} ({e.strerror})")
-    with tempfile.TemporaryDirectory(dir=a.folder) as tmp:
-        tmp = Path(tmp)
-        if a.tiny: a.size, a.bs, a.n_train, a.workers = 16, 8, 32, 0
-        def make_dls():
-            kwargs = dict(bs=a.bs, size=a.size, n_train=a.n_train, n_valid=8, num_workers=a.workers, device=a.device)
-            if a.dataset != 'digit_files': return datasets[a.dataset](root=a.root, **kwargs)
-            if not (tmp/'digits').exists(): digit_files(tmp/'digits', 120 if a.tiny else 1797)
-            return cifar10_dls(tmp/'digits', **kwargs)
-        run = dict(fiedler=partial(bench_fiedler, (16, 48), 8, 1) if a.tiny else partial(bench_fiedler, rounds=a.rounds),
-                   epoch=partial(bench_epoch, make_dls, a.reference, weights=a.weights, rounds=a.rounds, held=not a.no_held, only=a.only, **dict(filter_ratio=.5, ratios=()) if a.tiny else {}),
-                   extraction=partial(bench_extraction, make_dls, a.reference, rounds=a.rounds),
-                   loading=partial(bench_loading, make_dls, a.rounds),
-                   scale=partial(bench_scale, tmp, (512, 1024), 16, 64, 1, 32) if a.tiny else partial(bench_scale, tmp, rounds=min(3, a.rounds)))
+    except OSError as e:
+        p.error(f'argument --out: must be a folder that can be written, got {str(a.out)!r} ({e.strerror})')
+    if a.tiny: a.size, a.bs, a.n_train, a.workers = 16, 8, 32, 0
+    with tempfile.TemporaryDirectory(dir=a.folder) as folder:
+        measure = _benches(a, Path(folder))
         for t in a.tables or tables:
-            start = time.perf_counter()
-            rows = run[t](progress=sys.stdout.isatty())
-            file = a.out/f"{t}{'-' + a.name if a.name else ''}.json"
-            settings = {k: str(Path(v).name) if k in ('reference', 'weights') else v for k, v in vars(a).items() if v is not None and k not in ('out', 'folder', 'root', 'tables', 'name')}
-            with atomic_write(file) as part: part.write_text(json.dumps(dict(table=t, settings=settings, machine=machine(), rows=rows), indent=1))
-            print(f"\n{t} ({time.perf_counter()-start:.0f} s)\n\n{as_table(rows).to_string(index=False)}\n\nwritten to {file}", flush=True)
+            try: _measure_and_write(t, measure[t], a)
+            except (OSError, ValueError) as e: p.error(str(e))
     return 0
+
+# %% ../../nbs/lab/17_bench.ipynb #384225f0
+def _benches(a: argparse.Namespace, folder: Path) -> dict[str, Callable]:
+    "Table -> what measures it."
+    from spectral_curation.lab.bench_select import bench_fiedler, bench_scale
+    from spectral_curation.lab.bench_train import bench_epoch, bench_extraction, bench_loading
+    make_dls = partial(_image_files, a, folder)
+    fiedler, few = partial(bench_fiedler, rounds=a.rounds), {}
+    scale = partial(bench_scale, folder, rounds=min(3, a.rounds))
+    if a.tiny:
+        fiedler, few = partial(bench_fiedler, (16, 48), 8, 1), dict(filter_ratio=.5, ratios=())
+        scale = partial(bench_scale, folder, (512, 1024), 16, 64, 1, 32)
+    return dict(fiedler=fiedler, scale=scale,
+                epoch=partial(bench_epoch, make_dls, a.reference, weights=a.weights, rounds=a.rounds,
+                              cached=not a.no_cached, only=a.only, **few),
+                extraction=partial(bench_extraction, make_dls, a.reference, rounds=a.rounds),
+                loading=partial(bench_loading, make_dls, a.rounds))
+
+def _image_files(a: argparse.Namespace, folder: Path):
+    "Fastai `DataLoaders` over the image files that the options name."
+    from spectral_curation.lab.data import cifar10_dls, datasets
+    from spectral_curation.lab.bench_train import digit_files
+    kwargs = dict(bs=a.bs, size=a.size, n_train=a.n_train, n_valid=8, num_workers=a.workers, device=a.device)
+    if a.dataset != 'digit_files': return datasets[a.dataset](root=a.root, **kwargs)
+    if not (folder/'digits').exists(): digit_files(folder/'digits', 120 if a.tiny else 1797)
+    return cifar10_dls(folder/'digits', **kwargs)
+
+def _measure_and_write(table: str, measure: Callable, a: argparse.Namespace) -> None:
+    from spectral_curation.features.store import atomic_write
+    from spectral_curation.lab.timing import as_table, machine
+    start = time.perf_counter()
+    rows = measure()
+    left_out = 'out', 'folder', 'root', 'tables', 'name'
+    settings = {k: v for k, v in vars(a).items() if v is not None and k not in left_out}
+    settings |= {k: Path(settings[k]).name for k in ('reference', 'weights') if k in settings}
+    file = a.out/f"{table}{'-' + a.name if a.name else ''}.json"
+    written = json.dumps(dict(table=table, settings=settings, machine=machine(), rows=rows), indent=1)
+    with atomic_write(file) as part: part.write_text(written)
+    print(f'\n{table} ({time.perf_counter()-start:.0f} s)\n\n{as_table(rows).to_string(index=False)}\n\n'
+          f'written to {file}', flush=True)

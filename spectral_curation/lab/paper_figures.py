@@ -16,19 +16,21 @@ import torch, matplotlib.pyplot as plt, numpy as np
 from ..select.spectral import fiedler_select
 from ..features.store import atomic_write
 from ..features.reference import default_reference, reference_features
-from ..train.show import plot_selection
-from .config import Config, make_dls, reference_of
-from .results import read_rows
+from ..train.show import plot_selection, principal_plane
+from .config import Config
+from .prepare import make_dls, reference_of
+from .results import read_records
 from .figures import plot_weights
 from .papers import experiment_folder
 
 # %% ../../nbs/lab/12_paper_figures.ipynb #4b22ee6c
 def batch_selection(
     config: Config, # its data, reference and batch size
-    batches: Iterable[int]=(0, 1), # numbers of batches in an order drawn from the configuration's seed
-    filter_ratio: float=.5, # share removed (the paper's figures: half)
+    batches: Iterable[int]=(0, 1), # numbers of batches, from 0, in an order drawn from the configuration's seed
+    filter_ratio: float=.5, # share removed, 0 <= filter_ratio < 1 (the paper's figures: half)
 ) -> list[dict]: # of each batch: number, coordinates xy [B, 2], positions kept, labels
-    "What SALN keeps of these batches, in PCA coordinates of the reference's features (Figures 7 and 8)."
+    """What SALN keeps of these batches, in PCA coordinates of the reference's features (Figures 7 and 8). Raises
+    `ValueError` for a batch that does not exist."""
     c = config.complete()
     dls, out = make_dls(c), []
     features = reference_features(dls, reference_of(c) or default_reference(dls), c.reference_size, c.cache or True)
@@ -36,35 +38,40 @@ def batch_selection(
     for i in batches:
         idx = order[i*c.bs:(i+1)*c.bs]
         if len(idx) < c.bs: raise ValueError(f"there are {len(order)//c.bs} batches of {c.bs}, numbered from 0; got {i}")
-        f = np.array(features[np.sort(idx)])[np.argsort(np.argsort(idx))].astype(float)
-        u, s, _ = np.linalg.svd(f - f.mean(0), full_matrices=False)
-        out.append(dict(batch=i, xy=np.round((u*s)[:, :2], 3).tolist(), keep=fiedler_select(torch.from_numpy(f), filter_ratio).tolist(), labels=[int(dls.train.dataset.tls[-1][j]) for j in idx.tolist()]))
+        f = np.array(features[np.sort(idx)])[np.argsort(np.argsort(idx))].astype(float)     # read in the file's order
+        out.append(dict(batch=i, xy=np.round(principal_plane(f), 3).tolist(),
+                        keep=fiedler_select(torch.from_numpy(f), filter_ratio).tolist(),
+                        labels=[int(dls.train.dataset.tls[-1][j]) for j in idx.tolist()]))
     return out
 
+# %% ../../nbs/lab/12_paper_figures.ipynb #a3f34d21
 def pack_picture(
     w: np.ndarray, # a matrix
 ) -> dict: # that JSON can hold
     "A matrix in 255 steps."
     top = float(np.abs(w).max()) or 1.
-    return dict(shape=list(w.shape), top=top, data=base64.b64encode(zlib.compress(np.round(w/top*127).astype(np.int8).tobytes(), 9)).decode())
+    steps = np.round(w/top*127).astype(np.int8)
+    return dict(shape=list(w.shape), top=top, data=base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode())
 
 def unpack_picture(
-    p: dict, # from `pack_picture`
-) -> np.ndarray:
-    "The matrix again, to 1/127 of its largest value."
-    return np.frombuffer(zlib.decompress(base64.b64decode(p['data'])), np.int8).reshape(p['shape']).astype(float)*p['top']/127
+    packed: dict, # from `pack_picture`
+) -> np.ndarray: # the matrix, float64
+    "The matrix again, to 1/254 of its largest value."
+    steps = np.frombuffer(zlib.decompress(base64.b64decode(packed['data'])), np.int8).reshape(packed['shape'])
+    return steps.astype(float)*packed['top']/127
 
 def save_figures(
-    config: Config, # of a run of the part `tables`
-    folder: Path, # of that part, with `runs` in it
+    config: Config, # of a run of the experiment `tables`
+    folder: Path, # of that experiment, with `runs` in it
     batches: Iterable[int], # for `batch_selection`
 ) -> Path: # figures.json
-    "What Figures 7 to 10 are drawn from."
+    "Write what Figures 7 to 10 are drawn from."
     saved = dict(selection=batch_selection(config, batches), weights={})
-    for r in read_rows(folder/'results.jsonl'):
+    for r in read_records(folder/'results.jsonl'):
         path, m = folder/'runs'/f"{r['key']}.npz", r['config']['method']
-        if m in ('standard', 'saln') and m not in saved['weights'] and path.exists(): saved['weights'][m] = pack_picture(np.load(path, allow_pickle=False)['weight'])
-    with atomic_write(folder/'figures.json') as part: part.write_text(json.dumps(saved))
+        if m not in ('standard', 'saln') or m in saved['weights'] or not path.exists(): continue
+        saved['weights'][m] = pack_picture(np.load(path, allow_pickle=False)['weight'])
+    with atomic_write(folder/'figures.json') as unfinished: unfinished.write_text(json.dumps(saved))
     return folder/'figures.json'
 
 # %% ../../nbs/lab/12_paper_figures.ipynb #887b3a49
@@ -79,17 +86,22 @@ def read_figures(
 
 def plot_batches(
     figures: dict, # from `read_figures`
-) -> np.ndarray: # axes
+) -> np.ndarray: # axes, one a batch
     "Figures 7 and 8."
     batches = figures['selection']
-    axs = plt.subplots(1, len(batches), figsize=(4.4*len(batches), 3.6), dpi=90, layout='constrained', squeeze=False)[1][0]
-    for ax, b in zip(axs, batches): plot_selection(np.array(b['xy']), b['keep'], b['labels'], f"batch {b['batch']}: {len(b['keep'])} of {len(b['xy'])} kept", ax)
+    size = (4.4*len(batches), 3.6)
+    axs = plt.subplots(1, len(batches), figsize=size, dpi=90, layout='constrained', squeeze=False)[1][0]
+    for ax, b in zip(axs, batches):
+        title = f"batch {b['batch']}: {len(b['keep'])} of {len(b['xy'])} kept"
+        plot_selection(np.array(b['xy']), b['keep'], b['labels'], title, ax)
     return axs
 
 def plot_final_layers(
     figures: dict, # from `read_figures`
-) -> np.ndarray: # axes
+) -> np.ndarray: # axes [methods, 2]
     "Figures 9 and 10."
-    axs = plt.subplots(len(figures['weights']), 2, figsize=(9, 2.4*len(figures['weights'])), dpi=90, width_ratios=(2, 1), layout='constrained', squeeze=False)[1]
-    for row, (m, p) in zip(axs, figures['weights'].items()): plot_weights(unpack_picture(p), f'{m}, final layer:', row)
+    weights = figures['weights']
+    options = dict(dpi=90, width_ratios=(2, 1), layout='constrained', squeeze=False)
+    axs = plt.subplots(len(weights), 2, figsize=(9, 2.4*len(weights)), **options)[1]
+    for row, (m, packed) in zip(axs, weights.items()): plot_weights(unpack_picture(packed), f'{m}, final layer:', row)
     return axs

@@ -19,7 +19,8 @@ from fastai.torch_core import apply, no_random, to_device
 from fastai.vision.augment import RandTransform
 from fastcore.basics import chunked, patch
 from fastcore.xtras import is_listy
-from fastprogress.fastprogress import progress_bar
+
+from ..features.progress import track
 
 # %% ../../nbs/train/13_cached.ipynb #9dabf778
 _item_methods = {'create_item', 'after_item', 'before_batch', 'create_batch', 'do_batch', 'create_batches', 'retain'}
@@ -158,7 +159,7 @@ def _reader(dl, set_name: str, idxs, layout=None, bs: int=128) -> _Reader:
 # %% ../../nbs/train/13_cached.ipynb #caread
 def _read(reader: _Reader, progress: bool=False) -> Iterator:
     "The batches of `reader`, or the error that it found."
-    for b in progress_bar(reader, leave=False) if progress else reader:
+    for b in track(reader, 'data: batches', progress):
         if isinstance(b, _NotCacheable): raise ValueError(str(b))
         odd = [type(o).__name__ for o in _leaves(b) if not torch.is_tensor(o)]
         if odd:

@@ -6,6 +6,7 @@
 __all__ = ['load_optimizer_state', 'Checkpoint']
 
 # %% ../../nbs/train/11_checkpoint.ipynb #3b0e8d03
+import math, time
 from pathlib import Path
 from typing import Union
 
@@ -108,13 +109,14 @@ class Checkpoint(Callback):
     the finished run. Raises `ValueError` for a file that is damaged or of another training."""
     order = 65      # after the Recorder, and after all that resets itself before a fit
     def __init__(self,
-        path: Union[str, Path], # the file; replaced as a whole after each epoch
-    ): self.path = Path(path)
+        path: Union[str, Path], # the file; replaced as a whole after an epoch
+        every: float=0., # least time between two saves in seconds; the first and the last epoch are always saved
+    ): self.path, self.every = Path(path), every
 
     def _idle(self) -> bool: return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
 
     def before_fit(self):
-        self.done, self.state = 0, None
+        self.done, self.state, self.saved_at = 0, None, -math.inf
         if self._idle(): return
         rank, world = ranks_of(self.learn)
         with all_or_none(world, 'can not resume from a checkpoint'):
@@ -137,7 +139,14 @@ class Checkpoint(Callback):
         if self.epoch < self.done:
             if self.done == self.n_epoch and self.epoch == self.done-1: _restore_recorder(self.learn, self.state)
             return
+        if not self._due(): return
         state = _run_state(self.learn)
         with all_or_none(ranks_of(self.learn)[1], 'the checkpoint could not be written'):
             if ranks_of(self.learn)[0] == 0:
                 with atomic_write(self.path) as tmp: torch.save(_plain(state), tmp)
+        self.saved_at = time.monotonic()
+
+    def _due(self) -> bool:
+        "Is it time to save? Rank 0 decides for all."
+        due = self.epoch == self.n_epoch-1 or time.monotonic() - self.saved_at >= self.every
+        return from_first(due, ranks_of(self.learn)[1])

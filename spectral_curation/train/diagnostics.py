@@ -14,7 +14,6 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..select.ratio import float64_tensor
 from ..features.processes import from_all
 from .distributed import ranks_of
 from .selector import Selector
@@ -47,7 +46,7 @@ def class_shift(
     available: Tensor, # [C] samples of each class in the training set
 ) -> float: # 0 (the same shares) to 1 (disjoint classes)
     "Total variation distance between two class histograms."
-    chosen, available = map(float64_tensor, (chosen, available))
+    chosen, available = (t.cpu().double() for t in (chosen, available))
     return (chosen/chosen.sum() - available/available.sum()).abs().sum().item()/2
 
 def class_labels(

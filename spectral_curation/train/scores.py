@@ -14,10 +14,10 @@ from typing import Callable, Iterator, NamedTuple, Union
 import torch, numpy as np
 from fastai.learner import Learner
 from fastai.torch_core import to_device
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
 from ..select.history import ForgettingCounter, el2n_scores, grand_last_layer_scores, grand_scores
+from ..features.progress import track
 from ..features.weights import head_name
 from ..features.store import StaleFeatures, load_features, save_features
 from ..features.model import Reference
@@ -81,7 +81,7 @@ def early_scores(
     if not 0 < share <= 1: raise ValueError(f"share must be above 0 and at most 1; got {share}")
     start, total, trained = time.perf_counter(), 0, 0
     n_epochs = math.ceil(share*epochs - 1e-9)
-    for i in progress_bar(range(k), leave=False) if progress else range(k):
+    for i in track(range(k), 'models', progress):
         learn = make_learner(10_000 + k*seed + i)
         short = StandardShort(max(0., 1 - share*epochs/n_epochs), step=learn.dls.train.bs)
         trained += _samples_trained(learn, n_epochs, short)
