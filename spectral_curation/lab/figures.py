@@ -40,6 +40,7 @@ def _draw_curve(axs: np.ndarray, runs: list[list[dict]], at: np.ndarray, color) 
             low, high = (mean/10, np.inf) if metric == 'loss' else (0, 1)
             ax.fill_between(at, np.maximum(mean-half, low), np.minimum(mean+half, high), color=color, alpha=.15, lw=0)
 
+# %% ../../nbs/lab/06_figures.ipynb #8d9fdd20
 def plot_curves(
     histories: dict[str, list[list[dict]]], # method -> runs -> epochs: train and valid, loss and accuracy; cost
     x: str='epoch', # epoch, or cost (learner forward passes)
@@ -101,6 +102,7 @@ def _accuracy_axes(ax: Optional[Axes], **labels) -> Axes:
     ax.set(ylabel='test accuracy (%)', **labels); ax.grid(alpha=.3)
     return ax
 
+# %% ../../nbs/lab/06_figures.ipynb #beef9bc5
 def plot_cost(
     points: dict[str, list[tuple]], # method -> runs, each (filter ratio, cost, test accuracy), as of `cost_points`
     ax: Optional[Axes]=None, # None: a new figure

@@ -74,6 +74,7 @@ class Difference:
         if np.ptp(d) < 1e-12: return float(abs(d.mean()) < 1e-12)
         return float(stats.ttest_1samp(d, 0).pvalue)
 
+# %% ../../nbs/lab/02_stats.ipynb #7105d24f
 def verdict(
     difference: Difference,
     p: Optional[float]=None, # corrected for the other comparisons of the table; None: the uncorrected one
