@@ -29,6 +29,7 @@ from .train.learner import *
 from .train.scores import *
 from .train.checkpoint import *
 from .train.diagnostics import *
+from .lab.augment import *
 from .lab.data import *
 from .train.cached import *
 from .lab.methods import *

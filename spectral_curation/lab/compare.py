@@ -30,14 +30,16 @@ def _figures_of_records(by_name: dict[str, list[dict]], out: Path) -> list[Path]
     "`curves.png`, `cost.png` and, with several filter ratios, `ratio.png`."
     points = cost_points([r for runs in by_name.values() for r in runs])
     histories = {name: [r['history'] for r in runs] for name, runs in by_name.items()}
-    files = [_save_figure(out/'curves.png', lambda: plot_curves(histories)), _save_figure(out/'cost.png', lambda: plot_cost(points))]
+    files = [_save_figure(out/'curves.png', lambda: plot_curves(histories)),
+             _save_figure(out/'cost.png', lambda: plot_cost(points))]
     several = any(len({ratio for ratio, *_ in ps}) > 1 for ps in points.values())
     return files + ([_save_figure(out/'ratio.png', lambda: plot_ratio(points))] if several else [])
 
 # %% ../../nbs/lab/08_compare.ipynb #3278fe68
 def _draw_selection(batches: list[tuple]) -> np.ndarray: # of axes
     "Batches (name, artefacts, number) in PCA coordinates of the reference's features."
-    axs = plt.subplots(1, len(batches), figsize=(4.2*len(batches), 3.6), dpi=90, layout='constrained', squeeze=False)[1][0]
+    size = dict(figsize=(4.2*len(batches), 3.6), dpi=90, layout='constrained', squeeze=False)
+    axs = plt.subplots(1, len(batches), **size)[1][0]
     for ax, (name, a, i) in zip(axs, batches):
         xy, keep = a[f'xy{i}'], a[f'keep{i}']
         plot_selection(xy, keep, a[f'labels{i}'], f"{name}, batch {i}: {len(keep)} of {len(xy)} kept", ax)
@@ -67,7 +69,7 @@ def draw_figures(
 ) -> list[Path]: # the files written
     """Figures from result records and saved artefacts: `curves.png`, `cost.png` and, where there is what they show,
     `ratio.png`, `diagnostics.png`, `selection.png` and `weights.png`."""
-    by_name, artefacts, saved = dict(grouped(records)), runs or out/'runs', {}
+    by_name, artefacts, saved = grouped(records), runs or out/'runs', {}
     for name, of in by_name.items():
         path = next((p for r in of if (p := artefacts/f"{r['key']}.npz").exists()), None)
         if path: saved[name] = dict(np.load(path, allow_pickle=False))
@@ -88,7 +90,8 @@ def summarize(
 ) -> Comparison:
     "Tables and figures from result records alone. Raises `ValueError` for records of several data sets."
     Path(out).mkdir(parents=True, exist_ok=True)
-    return Comparison(results_table(records), paired_table(records), records, draw_figures(records, Path(out), runs and Path(runs)))
+    figures = draw_figures(records, Path(out), runs and Path(runs))
+    return Comparison(results_table(records), paired_table(records), records, figures)
 
 def compare(
     methods: Iterable[str]=('standard', 'saln', 'random', 'standard_short'), # names of methods

@@ -24,13 +24,15 @@ dataset_defaults = dict(
     pets=dict(epochs=25, size=224, lr=1e-3),
 )
 
-# %% ../../nbs/lab/01_config.ipynb #c83fd9a1
+# %% ../../nbs/lab/01_config.ipynb #76e93209
 def _read_schedule(text: str) -> tuple[str, float, float]: # kind ('' for a constant), first and last filter ratio
     *kind, first, last = str(text).split() if ' ' in str(text).strip() else ('', text, text)
     try:
         first, last = float(first), float(last)
         if not (0 <= first < 1 and 0 <= last < 1 and kind in ([''], ['cos'], ['lin'], ['exp'])): raise ValueError
-    except ValueError: raise ValueError(f"schedule must be cos, lin or exp and two filter ratios of at least 0 and below 1, such as 'cos 0.9 0.6', or one such number; got {text!r}") from None
+    except ValueError:
+        raise ValueError("schedule must be cos, lin or exp and two filter ratios of at least 0 and below 1, such as "
+                         f"'cos 0.9 0.6', or one such number; got {text!r}") from None
     return kind[0], first, last
 
 def schedule_of(
@@ -43,58 +45,92 @@ def schedule_of(
 
 def mean_ratio(
     text: str, # as for `schedule_of`
-) -> float: # filter ratio
+) -> float: # filter ratio, to four digits
     "The mean of a schedule over a training. Raises `ValueError` for a text that names none."
     kind, first, last = _read_schedule(text)
-    return round((last-first)/math.log(last/first) if kind == 'exp' and first != last else (first+last)/2, 4)
+    geometric = kind == 'exp' and first != last and min(first, last) > 0
+    return round((last-first)/math.log(last/first) if geometric else (first+last)/2, 4)
 
-# %% ../../nbs/lab/01_config.ipynb #b3993cce
-method_options = 'which', 'laplacian', 'schedule', 'reference_epochs', 'reference', 'reference_size', 'step'   # fields of `Config` that only some methods read
+# %% ../../nbs/lab/01_config.ipynb #a860d9c6
+# fields of `Config` that only some methods read
+method_options = 'which', 'laplacian', 'schedule', 'reference_epochs', 'reference', 'reference_size', 'step'
 
-added_later = 'which', 'laplacian', 'schedule', 'reference_epochs', 'imbalance', 'n_test', 'checks'            # fields that old records lack: there they had their defaults
+# fields that old records lack: there they had their defaults
+added_later = 'which', 'laplacian', 'schedule', 'reference_epochs', 'imbalance', 'n_test', 'checks'
 
-# %% ../../nbs/lab/01_config.ipynb #1df55d13
+# the least that makes sense
+_at_least = dict(epochs=1, bs=1, size=1, n_train=1, n_valid=1, n_test=1, reference_size=1, reference_epochs=1, step=1,
+                 checks=0, num_workers=0)
+
 @lru_cache(maxsize=None)
-def _file_hash(path: str, size: int, modified_ns: int) -> str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+def _file_hash(path: str, size: int, modified_ns: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 def _name_and_content(name: str) -> str:
     "A file's name and content, anything else as it is."
     p = Path(name)
-    return f'{p.name}:{_file_hash(name, (s := p.stat()).st_size, s.st_mtime_ns)}' if p.is_file() else name
+    if not p.is_file(): return name
+    info = p.stat()
+    return f'{p.name}:{_file_hash(name, info.st_size, info.st_mtime_ns)}'
 
-def _check_counts(c) -> None:
-    "`ValueError` for a count that is below the least that makes sense. None is allowed where it is the default."
-    least = dict(epochs=1, bs=1, size=1, n_train=1, n_valid=1, n_test=1, reference_size=1, reference_epochs=1, step=1, checks=0, num_workers=0)
-    for name, lowest in least.items():
+# %% ../../nbs/lab/01_config.ipynb #f07366f6
+def _check_config(c) -> None:
+    method_named(c.method)
+    _read_schedule(c.schedule)
+    for name, allowed in (('dataset', dataset_defaults), ('form', forms)):
         value = getattr(c, name)
-        if value is not None and value < lowest: raise ValueError(f"{name} must be at least {lowest}{' (None: the default)' if getattr(type(c), name) is None else ''}; got {value}")
+        if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    for name, least in _at_least.items():
+        value = getattr(c, name)
+        if value is not None and value < least: raise ValueError(f"{name} must be at least {least}; got {value}")
+    if c.imbalance is not None and c.dataset != 'cifar10':
+        raise ValueError(f"imbalance thins out classes of cifar10 alone; got {c.imbalance} for {c.dataset}")
+
+def _completed(c):
+    _check_config(c)
+    if c.device is None: from fastai.torch_core import default_device
+    blanks = {k: v for k, v in dataset_defaults[c.dataset].items() if getattr(c, k) is None}
+    return replace(c, **blanks, device=str(c.device or default_device()))
+
+def _identity(c) -> dict:
+    "The fields of a complete configuration that decide its result, as they stand in its record."
+    m, out, default = method_named(c.method), asdict(c), {f.name: f.default for f in fields(c)}
+    for name in ('root', 'num_workers', 'cache'): del out[name]
+    for name in set(method_options) - set(m.options): out[name] = default[name]
+    for name in ('weights', 'reference'): out[name] = out[name] and _name_and_content(out[name])
+    for name in added_later:
+        if out[name] == default[name]: del out[name]
+    if m.chosen == 'never': out['filter_ratio'] = 0.
+    if m.scheduled: out['filter_ratio'] = None
+    if out['form'] == 'in_batch' or out['form'] not in m.forms: del out['form']
+    return out
 
 # %% ../../nbs/lab/01_config.ipynb #14e7aac1
 @dataclass(frozen=True)
 class Config:
-    "What decides the result of a run."
+    "What decides the result of a run; and where it reads and computes."
     dataset: str='digits'               # digits, cifar10, flowers or pets
     method: str='saln'                  # a key of `methods`
     filter_ratio: float=.8              # share of the samples that is removed
-    form: str='before_decode'           # when a method that has a choice of it chooses: in_batch, before_decode or super_batch
-    step: Optional[int]=None            # standard_short: samples in a step; None: as many as filter_ratio keeps of a batch
+    form: str='before_decode'           # when a method that has a choice chooses: in_batch, before_decode, super_batch
+    step: Optional[int]=None            # samples in a step of standard_short; None: what filter_ratio keeps of a batch
     seed: int=0                         # of initial weights, order, augmentation and selection
     epochs: Optional[int]=None          # passes over the training set; None: the data set's default
     bs: int=128                         # samples in a batch before selection
     size: Optional[int]=None            # side of the images in pixels; None: the data set's default
     lr: Optional[float]=None            # learning rate; None: the data set's default
-    n_train: Optional[int]=None         # training images; None: all
-    n_valid: Optional[int]=None         # validation images; None: all
+    n_train: Optional[int]=None         # training images, at least 1; None: all
+    n_valid: Optional[int]=None         # validation images, at least 1; None: all
     arch: str='resnet18'                # torchvision model that is trained
     weights: Optional[str]=None         # its initial weights: None (random), imagenet or a file
-    reference: Optional[str]=None       # reference model: as for `Reference`; start (the learner's own before training) or random (an untrained one); None: the data set's default
+    reference: Optional[str]=None       # as for `Reference`; start: the learner's own start; random: an untrained one
     reference_size: Optional[int]=None  # side in pixels for the reference; None: as the learner sees them
     which: str='extremes'               # the samples that are kept, as for `SALN`
     laplacian: str='unnormalized'       # as for `SALN`
     schedule: str='cos 0.9 0.6'         # cos, lin or exp from one filter ratio to another, or one number
-    reference_epochs: Optional[int]=None # passes over its data that a held-out reference is trained for; None: as many as the run's
-    imbalance: Optional[float]=None     # cifar10: images left of the rarest class, as a share of the most frequent one's; None: all
-    n_test: Optional[int]=None          # test images; None: all
+    reference_epochs: Optional[int]=None # epochs that a held-out reference is trained for; None: as the run's
+    imbalance: Optional[float]=None     # cifar10: share left of the rarest class; None: all
+    n_test: Optional[int]=None          # test images, at least 1; None: all
     checks: int=0                       # times that validation accuracy is measured within the run, from 5% of it on
     root: Optional[str]=None            # folder of the data's files; None: download
     device: Optional[str]=None          # cpu, cuda, ...; None: fastai's default
@@ -102,35 +138,15 @@ class Config:
     cache: Optional[str]=None           # folder for features and scores; None: the default one
 
     def complete(self) -> 'Config':
-        "The same with the data set's defaults filled in. Raises `ValueError` for a name that does not exist and for a number out of range."
-        method_named(self.method)
-        for name, allowed in (('dataset', dataset_defaults), ('form', forms)):
-            if getattr(self, name) not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        _read_schedule(self.schedule)
-        _check_counts(self)
-        if self.imbalance is not None and self.dataset != 'cifar10': raise ValueError(f"imbalance thins out classes of cifar10 alone; got {self.imbalance} for {self.dataset}")
-        blanks = {k: v for k, v in dataset_defaults[self.dataset].items() if getattr(self, k) is None}
-        if self.device is None: from fastai.torch_core import default_device
-        return replace(self, **blanks, device=str(self.device or default_device()))
-
+        "The same with the data set's defaults. Raises `ValueError` for an unknown name and a number out of range."
+        return _completed(self)
     def filter_schedule(self) -> Union[float, Callable]:
-        "The filter ratio as a function of the share of training done, or a number. Raises `ValueError` for a schedule that is none."
+        "What `schedule_of` gives for the schedule."
         return schedule_of(self.schedule)
-
     def identity(self) -> dict:
-        "What decides the result, without paths: files stand as name and content hash. Raises what `complete` raises."
-        c, m = asdict(self.complete()), method_named(self.method)
-        for name in ('root', 'num_workers', 'cache'): del c[name]
-        for name in set(method_options) - set(m.options): c[name] = getattr(Config, name)
-        for name in ('weights', 'reference'): c[name] = c[name] and _name_and_content(c[name])
-        for name in added_later:
-            if c[name] == getattr(Config, name): del c[name]
-        if m.chosen == 'never': c['filter_ratio'] = 0.
-        if m.scheduled: c['filter_ratio'] = None
-        if c['form'] == 'in_batch' or c['form'] not in m.forms: del c['form']
-        return c
-
+        "What decides the result, without paths: files stand as name and content hash. Raises as `complete` does."
+        return _identity(self.complete())
     @property
     def key(self) -> str:
-        "16 hex digits that name the run."
+        "16 hex digits that name the run. Raises as `complete` does."
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]

@@ -35,7 +35,8 @@ def control_runs(
     if ratio <= 0 or m.chosen == 'never': return []
     runs, step = [], step_size(c.method, c.bs, c.filter_ratio, c.form, c.step)
     for name in controls(c.method).values():
-        reads_step = 'step' in method_named(name).options and step != n_keep(c.bs, ratio)     # else it is what the control does by itself
+        # where that is the control's own step, its key is that of a run that was not told
+        reads_step = 'step' in method_named(name).options and step != n_keep(c.bs, ratio)
         runs.append(replace(c, method=name, filter_ratio=ratio, step=step if reads_step else None))
     return runs
 
@@ -81,7 +82,8 @@ class Report:
         owner: str, # such as 'process 4711 on a-machine'
     ) -> None:
         "Another process is at a run of ours."
-        print(f"{config.dataset}, {config.method}, seed {config.seed}: {owner} is at this run; process {os.getpid()} does its others first, then waits for it", flush=True)
+        print(f"{config.dataset}, {config.method}, seed {config.seed}: {owner} is at this run; process {os.getpid()} "
+              "does its others first, then waits for it", flush=True)
     def stop(self) -> None: "All runs have ended, or an error or ctrl-c has ended them."
 
 class ProgressBar(Report):
@@ -91,7 +93,8 @@ class ProgressBar(Report):
         self.done, self.counted = 0, Counter()
         if self.bar: self.bar.update(0)
     def epoch(self, config: Config) -> None: self._count(config, 1)
-    def finished(self, config: Config, record: dict) -> None: self._count(config, config.epochs - self.counted[config.key])
+    def finished(self, config: Config, record: dict) -> None:
+        self._count(config, config.epochs - self.counted[config.key])
     def _count(self, config: Config, epochs: int) -> None:
         self.counted[config.key] += epochs
         self.done += epochs
@@ -113,9 +116,10 @@ def run_once(
         record = {r['key']: r for r in read_records(file)}.get(c.key)
         if record is None:
             progress = report and (lambda: report.epoch(c))
-            record = append_record(file, run_config(c, progress, artefacts=place.with_suffix('.npz'), checkpoint=checkpoint))
+            record = run_config(c, progress, artefacts=place.with_suffix('.npz'), checkpoint=checkpoint)
+            append_record(file, record)
         checkpoint.unlink(missing_ok=True)
-    with suppress(OSError): Path(f'{place}.lock').unlink()      # nobody needs it any more: whoever still waits for it finds the record
+    with suppress(OSError): Path(f'{place}.lock').unlink()      # whoever still waits for it finds the record
     return record
 
 # %% ../../nbs/lab/07_grid.ipynb #c4941760
@@ -133,7 +137,7 @@ def prepare_runs(
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[Optional[Executor]]:
-    "Processes for so many runs at a time, each with its share of the cores; none for one job. They end with the block, however it ends."
+    "Processes for so many runs at a time, each with its share of the cores; none for one job. They end with the block."
     if jobs == 1:
         yield None
         return
@@ -146,7 +150,7 @@ def _processes(jobs: int) -> Iterator[Optional[Executor]]:
             for p in processes: p.terminate()
             raise
 
-def _each_run(configs: list[Config], out: Path, wait: bool, report: Report, pool: Optional[Executor]) -> Iterator[tuple]:
+def _each_run(configs: list, out: Path, wait: bool, report: Report, pool: Optional[Executor]) -> Iterator[tuple]:
     "Configurations and their records (None: another process is at it), as they come."
     if pool is None:
         for c in configs: yield c, run_once(c, out, wait, report)

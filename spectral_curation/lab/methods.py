@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['methods', 'Method', 'register', 'method_named', 'cost_share', 'theoretical_speedup', 'control_ratio', 'step_size',
-           'controls', 'standard_method']
+           'controls', 'standard_method', 'methods_table']
 
 # %% ../../nbs/lab/00_methods.ipynb #594ef2d4
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from typing import Callable, Optional
 @dataclass(frozen=True)
 class Method:
     "What a method is."
-    name: str                        # on the command line, in tables and in result records
-    make: Callable                   # (config, prepared) -> a selector callback, new for each run
-    title: str                       # a line for people: help, README table
-    looks_at: str                    # nothing, features, losses, history of losses, or scores
-    chosen: str                      # when it chooses: batch, epoch, once, or never (standard training)
-    callback: str = ''               # name of the class in spectral_curation.train, for people
-    source: str = ''                 # arXiv number of the paper
-    needs: str = ''                  # what is prepared before the run: '', features, held_out, el2n, grand or forgetting
-    scoring: float = 0.              # learner forward passes that a scoring pass over one candidate costs
-    options: tuple = ()              # names of the fields of `Config` that only some methods read, and this one does
-    forms: tuple = ()                # forms that it has besides in_batch: before_decode, super_batch
-    random_control: str = 'random'   # the method whose run at the same cost is its random baseline; '': it is one, or needs none
-    short_control: str = 'standard_short'  # the method whose run at the same cost is training with fewer steps; '': it is one, or needs none
-    full_steps: bool = False         # True: a step has the loader's batch size in every form (methods that choose by epoch)
-    scheduled: bool = False          # True: its filter ratio follows a schedule, not `Config.filter_ratio`
-    data_dependent: bool = False     # True: how much it keeps depends on the losses; its cost is known after the run only
+    name: str               # on the command line, in tables and in result records
+    make: Callable          # (config, prepared) -> a selector callback, new for each run
+    title: str              # a line for people: help, README table
+    looks_at: str           # nothing, features, losses, history of losses, or scores
+    chosen: str             # when it chooses: batch, epoch, once, or never (standard training)
+    callback: str = ''      # name of the class in spectral_curation.train, for people
+    source: str = ''        # arXiv number of the paper
+    needs: str = ''         # what is prepared before: '', features, held_out, el2n, grand or forgetting
+    scoring: float = 0.     # learner forward passes that a scoring pass over one candidate costs
+    options: tuple = ()     # fields of `Config` that only some methods read, and this one does
+    forms: tuple = ()       # forms that it has besides in_batch: before_decode, super_batch
+    random_control: str = 'random'          # its random baseline at the same cost; '': it is one, or has none
+    short_control: str = 'standard_short'   # fewer steps at the same compute; '': it is that, or has none
+    full_steps: bool = False        # True: a step has the loader's batch size in every form
+    scheduled: bool = False         # True: its filter ratio follows a schedule, not `Config.filter_ratio`
+    data_dependent: bool = False    # True: how much it keeps depends on the losses
 
 # %% ../../nbs/lab/00_methods.ipynb #b4d1682e
 methods: dict[str, Method] = {}
@@ -40,7 +40,8 @@ def register(
     "Add a method. Raises `ValueError` for a name that is taken, and for controls that are not registered."
     if method.name in methods: raise ValueError(f"there is a method named {method.name!r} already; choose another name")
     for control in (method.random_control, method.short_control):
-        if control and control not in (*methods, method.name): raise ValueError(f"the control {control!r} of {method.name!r} is not registered; register it first")
+        if control and control not in methods:
+            raise ValueError(f"the control {control!r} of {method.name!r} is not registered; register it first")
     methods[method.name] = method
     return method
 
@@ -52,7 +53,8 @@ def method_named(
     return methods[name]
 
 # %% ../../nbs/lab/00_methods.ipynb #670cb025
-def _choice_times(config) -> dict: return dict(before_decode=config.form != 'in_batch', super_batch=config.form == 'super_batch')
+def _choice_times(config) -> dict:
+    return dict(before_decode=config.form != 'in_batch', super_batch=config.form == 'super_batch')
 
 def _make_standard(config, prepared):
     from spectral_curation.train.selector import BatchSelector
@@ -67,7 +69,8 @@ def _make_random(config, prepared):
     return RandomSubset(config.filter_ratio, seed=config.seed, **_choice_times(config))
 
 def _spectral_options(config, prepared) -> dict:
-    return dict(features=prepared.features, seed=config.seed, which=config.which, laplacian=config.laplacian, **_choice_times(config))
+    return dict(features=prepared.features, seed=config.seed, which=config.which, laplacian=config.laplacian,
+                **_choice_times(config))
 
 def _make_saln(config, prepared):
     from spectral_curation.train.by_index import SALN
@@ -82,8 +85,9 @@ def _by_loss(callback: str) -> Callable:
     "A maker of selectors that look at the learner's losses."
     def make(config, prepared):
         from spectral_curation.train import by_loss
-        reference = {} if prepared.scores is None else dict(reference=prepared.scores)
-        return getattr(by_loss, callback)(config.filter_ratio, seed=config.seed, super_batch=config.form == 'super_batch', **reference)
+        options = dict(seed=config.seed, super_batch=config.form == 'super_batch')
+        if prepared.scores is not None: options['reference'] = prepared.scores
+        return getattr(by_loss, callback)(config.filter_ratio, **options)
     return make
 
 def _dynamic(policy: str) -> Callable:
@@ -100,47 +104,65 @@ def _make_static(config, prepared):
     from spectral_curation.train.by_epoch import StaticPruning
     return StaticPruning(prepared.scores, config.filter_ratio, seed=config.seed)
 
-# %% ../../nbs/lab/00_methods.ipynb #faa25480
+# %% ../../nbs/lab/00_methods.ipynb #e4f9b83e
 _by_index, _by_losses = ('before_decode', 'super_batch'), ('super_batch',)
 _baseline = dict(random_control='', looks_at='nothing')
 
-register(Method('standard', _make_standard, 'standard training', chosen='never', callback='BatchSelector(0)', short_control='', **_baseline))
-register(Method('standard_short', _make_standard_short, 'standard training with fewer steps at the same compute', chosen='epoch', callback='StandardShort', options=('step',), short_control='', **_baseline))
-register(Method('random', _make_random, 'uniform random subset of each batch', chosen='batch', callback='RandomSubset', forms=_by_index, **_baseline))
-register(Method('random_dynamic', _dynamic('random'), 'random part of the training set, drawn anew each epoch', chosen='epoch', callback='DynamicPruning', source='2111.12621', full_steps=True, **_baseline))
+register(Method('standard', _make_standard, 'standard training', chosen='never', callback='BatchSelector(0)',
+                short_control='', **_baseline))
+register(Method('standard_short', _make_standard_short, 'standard training, fewer steps at the same compute',
+                chosen='epoch', callback='StandardShort', options=('step',), short_control='', **_baseline))
+register(Method('random', _make_random, 'uniform random subset of each batch',
+                chosen='batch', callback='RandomSubset', forms=_by_index, **_baseline))
+register(Method('random_dynamic', _dynamic('random'), 'random part of the training set, drawn anew each epoch',
+                chosen='epoch', callback='DynamicPruning', source='2111.12621', full_steps=True, **_baseline))
 
-# %% ../../nbs/lab/00_methods.ipynb #d00a3a15
+# %% ../../nbs/lab/00_methods.ipynb #f120debd
 _features = dict(looks_at='features', chosen='batch', needs='features', forms=_by_index)
 _spectral = 'reference', 'reference_size', 'which', 'laplacian'
-_losses = dict(looks_at='losses', chosen='batch', scoring=1., forms=_by_losses)
-_learnable = dict(needs='held_out', options=('reference_epochs',), **_losses)
 
-register(Method('saln', _make_saln, 'SALN: the ends of the Fiedler vector', callback='SALN', source='2412.17069', options=_spectral, **_features))
-register(Method('gstds', _make_gstds, 'GSTDS: SALN with a scheduled filter ratio', callback='GSTDS', source='2507.04269', options=(*_spectral, 'schedule'), scheduled=True, **_features))
-register(Method('jest', _by_loss('JEST'), 'JEST: joint sampling by learner loss minus reference loss', callback='JEST', source='2406.17711', **_learnable))
-register(Method('rho', _by_loss('RHO'), 'RHO-LOSS: largest learner loss minus reference loss', callback='RHO', source='2206.07137', **_learnable))
-register(Method('selective_backprop', _by_loss('SelectiveBackprop'), 'selective backprop: drawn by the percentile of the loss', callback='SelectiveBackprop', source='1910.00762', **_losses))
+register(Method('saln', _make_saln, 'SALN: the ends of the Fiedler vector',
+                callback='SALN', source='2412.17069', options=_spectral, **_features))
+register(Method('gstds', _make_gstds, 'GSTDS: SALN with a scheduled filter ratio',
+                callback='GSTDS', source='2507.04269', options=(*_spectral, 'schedule'), scheduled=True, **_features))
+
+# %% ../../nbs/lab/00_methods.ipynb #27f405c4
+_losses = dict(looks_at='losses', chosen='batch', scoring=1., forms=_by_losses)
+_learnability = dict(needs='held_out', options=('reference_epochs',), **_losses)
+
+register(Method('jest', _by_loss('JEST'), 'JEST: joint sampling by learner loss minus reference loss',
+                callback='JEST', source='2406.17711', **_learnability))
+register(Method('rho', _by_loss('RHO'), 'RHO-LOSS: largest learner loss minus reference loss',
+                callback='RHO', source='2206.07137', **_learnability))
+register(Method('selective_backprop', _by_loss('SelectiveBackprop'), 'selective backprop: drawn by percentile of loss',
+                callback='SelectiveBackprop', source='1910.00762', **_losses))
 register(Method('top_loss', _by_loss('TopLoss'), 'largest loss', callback='TopLoss', **_losses))
 
-# %% ../../nbs/lab/00_methods.ipynb #73508937
-_by_epoch = dict(random_control='random_dynamic', full_steps=True)
-_history = dict(looks_at='history of losses', chosen='epoch', **_by_epoch)
-_once = dict(looks_at='scores', chosen='once', callback='StaticPruning', **_by_epoch)
+# %% ../../nbs/lab/00_methods.ipynb #70dc8382
+_of_epoch = dict(random_control='random_dynamic', full_steps=True)
+_history = dict(looks_at='history of losses', chosen='epoch', **_of_epoch)
+_once = dict(chosen='once', callback='StaticPruning', **_of_epoch)
 
-register(Method('epsilon_greedy', _dynamic('epsilon_greedy'), 'epsilon-greedy pruning', callback='DynamicPruning', source='2111.12621', **_history))
+register(Method('epsilon_greedy', _dynamic('epsilon_greedy'), 'epsilon-greedy pruning',
+                callback='DynamicPruning', source='2111.12621', **_history))
 register(Method('ucb', _dynamic('ucb'), 'UCB pruning', callback='DynamicPruning', source='2111.12621', **_history))
-register(Method('infobatch', _make_infobatch, 'InfoBatch: low losses dropped at random, gradients scaled up', callback='InfoBatch', source='2303.04947', data_dependent=True, **_history))
-register(Method('random_static', _make_static, 'the same random part in every epoch', **(_once | dict(looks_at='nothing'))))
-register(Method('el2n', _make_static, 'EL2N: largest error early in training', source='2107.07075', needs='el2n', **_once))
-register(Method('grand', _make_static, 'GraNd: largest gradient early in training', source='2107.07075', needs='grand', **_once))
-register(Method('forgetting', _make_static, 'forgetting: forgotten most often', source='1812.05159', needs='forgetting', **_once))
+register(Method('infobatch', _make_infobatch, 'InfoBatch: low losses dropped at random, gradients scaled up',
+                callback='InfoBatch', source='2303.04947', data_dependent=True, **_history))
+register(Method('random_static', _make_static, 'the same random part in every epoch', looks_at='nothing', **_once))
+register(Method('el2n', _make_static, 'EL2N: largest error early in training',
+                looks_at='scores', source='2107.07075', needs='el2n', **_once))
+register(Method('grand', _make_static, 'GraNd: largest gradient early in training',
+                looks_at='scores', source='2107.07075', needs='grand', **_once))
+register(Method('forgetting', _make_static, 'forgetting: forgotten most often',
+                looks_at='scores', source='1812.05159', needs='forgetting', **_once))
 
 # %% ../../nbs/lab/00_methods.ipynb #a731736e
 def cost_share(
     name: str, # of a method
     filter_ratio: float, # share of the samples that is removed, 0 <= filter_ratio < 1
 ) -> Optional[float]: # of standard training's cost, above 0; None: known after the run only
-    "What a method costs, without preparation, as a share of standard training's cost. Of a scheduled method: give the mean of its schedule."
+    """What a method costs, without preparation, as a share of standard training's cost. Of a scheduled method, give the
+    mean of its schedule. Raises `ValueError` for a name that is not registered."""
     m = method_named(name)
     if m.chosen == 'never' or not filter_ratio: return 1.
     return None if m.data_dependent else m.scoring/3 + 1 - filter_ratio
@@ -148,8 +170,8 @@ def cost_share(
 def theoretical_speedup(
     name: str, # of a method
     filter_ratio: float, # share of the samples that is removed, 0 <= filter_ratio < 1
-) -> Optional[float]: # how many times as fast as standard training, where nothing but passes of the learner costs time; None: known after the run only
-    "The speed-up that a method would have if data, selection and preparation took no time."
+) -> Optional[float]: # how many times as fast as standard training; None: known after the run only
+    "The speed-up that a method would have if nothing but passes of the learner took time. Raises as `cost_share` does."
     share = cost_share(name, filter_ratio)
     return None if share is None else 1/share
 
@@ -157,7 +179,7 @@ def control_ratio(
     name: str, # of a method
     filter_ratio: float, # its own
 ) -> float: # filter ratio of a control; 0 or less: the method costs as much as standard training, or more
-    "The filter ratio at which a control costs what the method does. Where that is known after the run only: the method's own."
+    "The filter ratio at which a control costs what the method does; the method's own where that isn't known before."
     m = method_named(name)
     return round(filter_ratio - m.scoring/3, 4) if m.scoring and filter_ratio else filter_ratio
 
@@ -169,7 +191,7 @@ def step_size(
     form: str='in_batch', # in_batch, before_decode or super_batch
     step: Optional[int]=None, # `Config.step`, for the method that reads it
 ) -> Optional[int]: # samples in a training step; None: it changes during the run
-    "How many samples a method trains on in a step."
+    "How many samples a method trains on in a step. Raises `ValueError` for a name that is not registered."
     from spectral_curation.select.ratio import n_keep
     m = method_named(name)
     if m.chosen == 'never' or m.full_steps or form == 'super_batch' and form in m.forms: return bs
@@ -179,10 +201,25 @@ def step_size(
 def controls(
     name: str, # of a method
 ) -> dict[str, str]: # random, short -> name of that control, where the method has one
-    "The methods that a method is compared with at equal cost."
+    "The methods that a method is compared with at equal cost. Raises `ValueError` for a name that is not registered."
     m = method_named(name)
     return {k: c for k, c in (('random', m.random_control), ('short', m.short_control)) if c}
 
 def standard_method() -> str:
     "The name of standard training, which all costs and times are compared with."
     return next(m.name for m in methods.values() if m.chosen == 'never')
+
+# %% ../../nbs/lab/00_methods.ipynb #7f01126b
+def methods_table(
+    filter_ratio: float=.8, # for the theoretical speed-up, 0 <= filter_ratio < 1
+) -> str: # markdown
+    "The methods in a table: title, source, name, callback, what each looks at, when it chooses, theoretical speed-up."
+    head = 'method', 'name in `curate`', 'callback', 'looks at', 'chooses', f'theoretical speed-up at {filter_ratio:g}'
+    lines = [head, ('---',)*len(head)]
+    for m in methods.values():
+        source = f' ([{m.source}](https://arxiv.org/abs/{m.source}))' if m.source else ''
+        speedup = None if m.scheduled else theoretical_speedup(m.name, filter_ratio)
+        when = dict(batch='per batch', epoch='per epoch', once='once', never='never')[m.chosen]
+        lines.append((m.title + source, f'`{m.name}`', f'`{m.callback}`', m.looks_at, when,
+                      f'{speedup:.2f}x' if speedup else '-'))
+    return '\n'.join(f"| {' | '.join(line)} |" for line in lines)

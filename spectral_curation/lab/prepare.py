@@ -18,7 +18,8 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from ..features.weights import head_name
-from ..features.reference import Reference, default_cache, default_reference, frozen_loader, reference_features
+from ..features.reference import Reference, default_cache, default_reference, frozen_loader
+from ..features.reference import reference_features
 from ..train.forward import forward_flops
 from ..train.learner import curated_learner
 from ..train.scores import Scores, cached_scores, early_scores, forgetting_scores, held_out_outputs
@@ -38,15 +39,19 @@ def make_dls(
     if c.imbalance is not None: kwargs['imbalance'] = c.imbalance
     return datasets[c.dataset](**kwargs)
 
-def _learner(config: Config, dls: DataLoaders) -> Learner: return curated_learner(dls, config.arch, config.weights, config.lr)
+def _learner(config: Config, dls: DataLoaders) -> Learner:
+    return curated_learner(dls, config.arch, config.weights, config.lr)
 
 # %% ../../nbs/lab/03_prepare.ipynb #164bb457
 def reference_of(
     config: Config,
 ) -> Union[str, nn.Module, None]: # what `SALN` takes as a reference
-    "The reference that a configuration names; `start` is the learner's network with its initial weights, `random` the same network with weights drawn from seed 0. Raises `ValueError` for `start` without weights."
+    """The reference that a configuration names; `start` is the learner's network with its initial weights, `random` the
+    same network with weights drawn from seed 0. Raises `ValueError` for `start` without weights."""
     c = config
-    if c.reference == 'start' and not c.weights: raise ValueError("reference='start' is the learner's network before training, and needs weights that it starts from; got weights=None")
+    if c.reference == 'start' and not c.weights:
+        raise ValueError("reference='start' is the learner's network before training, and needs weights that it starts "
+                         "from; got weights=None")
     if c.reference == 'start': return c.arch if c.weights == 'imagenet' else c.weights
     if c.reference != 'random': return c.reference
     with torch.random.fork_rng():
@@ -61,18 +66,19 @@ def reference_cost(
     size: Optional[int]=None, # side in pixels for the reference; None: as the loader gives the images
 ) -> float: # in learner forward passes over one sample
     "Cost of extracting the reference's features of the whole training set once."
-    ref = Reference(reference, size)
-    with frozen_loader(learn.dls, 1, [0]) as dl: x = next(iter(dl))[0]
-    device = next(learn.model.parameters()).device
-    x = x.as_subclass(torch.Tensor).to(device)
-    seen = torch.zeros(1, x.shape[1], size, size, device=device) if size else x
-    with ref.frozen(device): return len(learn.dls.train.dataset) * forward_flops(ref.model, seen)/forward_flops(learn.model, x)
+    ref, device = Reference(reference, size), next(learn.model.parameters()).device
+    with frozen_loader(learn.dls, 1, [0]) as dl: x = next(iter(dl))[0].as_subclass(torch.Tensor).to(device)
+    resized = torch.zeros(1, x.shape[1], size, size, device=device) if size else x
+    with ref.frozen(device): passes = forward_flops(ref.model, resized)/forward_flops(learn.model, x)
+    return len(learn.dls.train.dataset) * passes
 
 # %% ../../nbs/lab/03_prepare.ipynb #583b95f6
 _not_in_scores = 'method', 'filter_ratio', 'form', 'step', 'reference', 'reference_size', 'n_valid', 'n_test', 'checks'
-_not_in_features = *_not_in_scores[:4], 'seed', 'epochs', 'bs', 'lr', 'which', 'laplacian', 'schedule', 'n_valid', 'n_test', 'checks'
+_not_in_features = ('method', 'filter_ratio', 'form', 'step', 'seed', 'epochs', 'bs', 'lr', 'which', 'laplacian',
+                    'schedule', 'n_valid', 'n_test', 'checks')
 
-def _without(config: Config, names: tuple) -> dict: return {k: v for k, v in config.identity().items() if k not in names}
+def _without(config: Config, names: tuple) -> dict:
+    return {k: v for k, v in config.identity().items() if k not in names}
 
 def preparation_of(
     config: Config, # a run
@@ -108,7 +114,7 @@ class Prepared(NamedTuple):
     features: Optional[np.ndarray]=None  # [N, d], memory-mapped: of the reference, for methods that need features
     scores: Optional[np.ndarray]=None    # [N] numbers about the training samples, or [N, C] held-out outputs
     cost: float=0.                       # in learner forward passes over one sample
-    seconds: float=0.                    # wall time; of what was in the cache: of scores, when they were made; of features, to read them
+    seconds: float=0.                    # wall time: of scores, when they were made; of features, now
 
 def prepare(
     config: Config, # the run
@@ -125,4 +131,5 @@ def prepare(
     reference = reference_of(c) or default_reference(dls)
     features = reference_features(dls, reference, size=c.reference_size, cache=c.cache or True, progress=progress)
     seconds = time.perf_counter() - start
-    return Prepared(features=features, cost=reference_cost(_learner(c, dls), reference, c.reference_size), seconds=seconds)
+    cost = reference_cost(_learner(c, dls), reference, c.reference_size)
+    return Prepared(features=features, cost=cost, seconds=seconds)

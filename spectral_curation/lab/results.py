@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 def read_records(
     path: Union[str, Path], # .jsonl file; may be missing
 ) -> list[dict]:
-    "The finished records. Raises `ValueError` with the line number for a damaged line that is not the unfinished last one."
+    "The finished records. Raises `ValueError` with its number for a damaged line that is not the unfinished last one."
     path, records = Path(path), []
     if not path.exists(): return []
     for i, line in enumerate(path.read_text().split('\n')[:-1]):

@@ -37,8 +37,8 @@ def save_artefacts(
 ) -> None:
     "Write what the figures of a run are drawn from."
     weight = learn.model.get_submodule(head_name(learn.model)).weight.detach().cpu().numpy()
-    out = dict(weight=weight, times_offered=log.offered.numpy(), times_kept=log.kept.numpy(), classes=np.array(log.classes),
-               labels=log.labels.numpy())
+    out = dict(weight=weight, times_offered=log.offered.numpy(), times_kept=log.kept.numpy(),
+               classes=np.array(log.classes), labels=log.labels.numpy())
     for i, (idx, positions) in enumerate(first.batches if prepared.features is not None else ()):
         f = torch.from_numpy(np.asarray(prepared.features[idx.numpy()])).double()
         u, s, _ = torch.linalg.svd(f-f.mean(0), full_matrices=False)
@@ -84,7 +84,7 @@ def _watchers(c: Config, selector: Selector, progress: Optional[Callable]) -> _W
     curves = [AccuracyCurve(selector, timer, c.checks)] if c.checks else []
     return _Watchers(timer, FirstBatches(selector), SelectionLog(), curves)
 
-def _fit(c: Config, selector: Selector, watchers: _Watchers, checkpoint: Union[str, Path, None]) -> tuple[Learner, float]:
+def _fit(c: Config, selector: Selector, watchers: _Watchers, checkpoint: Union[str, Path, None]) -> tuple:
     "A learner trained as the configuration says, and the seconds it took."
     timer, first, log, curves = watchers
     learn = curated_learner(make_dls(c), c.arch, c.weights, c.lr, cbs=[timer, selector, first, log, *curves])
@@ -100,7 +100,8 @@ def run_config(
     artefacts: Union[str, Path, None]=None, # .npz file for `save_artefacts`
     checkpoint: Union[str, Path, None]=None, # .pt file; an interrupted run continues from its last finished epoch
 ) -> dict: # the result record: plain values
-    "Train and test once. The same configuration gives the same result (bit-exactly on the CPU), in one go or in several. Raises what `Config.complete` raises."
+    """Train and test once. The same configuration gives the same result (bit-exactly on the CPU), in one go or in
+    several. Raises what `Config.complete` raises."""
     c = config.complete()
     prepared = prepare(c)
     selector = method_named(c.method).make(c, prepared)
@@ -111,7 +112,7 @@ def run_config(
     with learn.no_bar(), learn.no_logging(): test_loss, test_accuracy = learn.validate(ds_idx=2, cbs=recall)
     if artefacts: save_artefacts(Path(artefacts), learn, prepared, watchers.first, log)
     return dict(key=c.key, config=c.identity(), test_accuracy=test_accuracy, test_loss=test_loss,
-                preparation_cost=round(prepared.cost), preparation_seconds=round(prepared.seconds, 1), **_totals(history),
-                total_seconds=round(seconds, 3), selection=log.summary(), gap=log.gap,
-                classes=dict(kept=log.by_class(), recall=recall.recall()), **{'curve': w.points for w in watchers.curves},
-                history=history, versions=versions(c.device))
+                preparation_cost=round(prepared.cost), preparation_seconds=round(prepared.seconds, 1),
+                **_totals(history), total_seconds=round(seconds, 3), selection=log.summary(), gap=log.gap,
+                classes=dict(kept=log.by_class(), recall=recall.recall()),
+                **{'curve': w.points for w in watchers.curves}, history=history, versions=versions(c.device))

@@ -23,9 +23,11 @@ def now(
     if device.type == 'cuda': torch.cuda.synchronize(device)
     return time.perf_counter()
 
+# %% ../../nbs/lab/03_watch.ipynb #9d9a04ad
 class EpochTimer(Callback):
-    "Measures, for each training epoch, the seconds spent waiting for data, selecting and training. Validation is left out."
+    "Measures, for each training epoch, the seconds spent waiting for data, selecting and training, without validation."
     order = -20         # before the selector looks at a batch
+
     def __init__(self,
         selector: Selector, # tells how long it takes to select
         progress: Optional[Callable]=None, # called after each epoch
@@ -46,7 +48,7 @@ class EpochTimer(Callback):
         self.data = 0.
     def before_batch(self):
         if not self.training: return
-        planning = self.selector.seconds_selecting if self.iter == 0 else 0.    # an epoch is planned before its first batch
+        planning = self.selector.seconds_selecting if self.iter == 0 else 0.    # before the first batch of an epoch
         self.data += self.now() - self.last - planning
     def after_batch(self):
         if self.training: self.last = self.now()
@@ -131,7 +133,8 @@ class FirstBatches(Callback):
     ): self.selector, self.n, self.batches = selector, n, []
 
     def after_batch(self):
-        if self.training and len(self.batches) < self.n: self.batches.append((self.selector.idx, self.selector.positions.cpu()))
+        if not self.training or len(self.batches) == self.n: return
+        self.batches.append((self.selector.idx, self.selector.positions.cpu()))
 
     def state_dict(self) -> dict:
         "The batches so far."
