@@ -85,6 +85,11 @@ def test_the_same_cost_is_within_five_percent(cost, value):
     assert at_cost([Point(cost, .7)], 100).value == value
 
 
+def test_two_runs_that_are_both_too_far_do_not_make_one_that_is_near():
+    assert at_cost([Point(94, .5, 'a'), Point(100/.94, .7, 'b')], 100).how == 'interpolated between a and b'
+    assert at_cost([Point(95, .5, 'a'), Point(100/.95, .7, 'b')], 100).how == 'a, cost -5%'      # 5.3% is out
+
+
 def test_between_two_runs_the_line_is_over_the_logarithm():
     ends = [Point(30, .5, 'a'), Point(480, .9, 'b')]
     assert at_cost(ends, 120).value == pytest.approx(.7)                # 30, 120, 480: half of the way

@@ -70,7 +70,7 @@ def draw_figures(
 ) -> list[Path]: # the files written
     """Figures from result records and saved artefacts: `curves.png`, `cost.png` and, where there is what they show,
     `ratio.png`, `diagnostics.png`, `selection.png` and `weights.png`."""
-    by_name, artefacts, saved = dict(grouped(records)), runs or out/'runs', {}
+    by_name, artefacts, saved = grouped(records), runs or out/'runs', {}
     for name, of in by_name.items():
         path = next((p for r in of if (p := artefacts/f"{r['key']}.npz").exists()), None)
         if path: saved[name] = dict(np.load(path, allow_pickle=False))

@@ -40,6 +40,7 @@ def _draw_curve(axs: np.ndarray, runs: list[list[dict]], at: np.ndarray, color) 
             low, high = (mean/10, np.inf) if metric == 'loss' else (0, 1)
             ax.fill_between(at, np.maximum(mean-half, low), np.minimum(mean+half, high), color=color, alpha=.15, lw=0)
 
+# %% ../../nbs/lab/06_figures.ipynb #8d9fdd20
 def plot_curves(
     histories: dict[str, list[list[dict]]], # method -> runs -> epochs: train and valid, loss and accuracy; cost
     x: str='epoch', # epoch, or cost (learner forward passes)
@@ -101,6 +102,7 @@ def _accuracy_axes(ax: Optional[Axes], **labels) -> Axes:
     ax.set(ylabel='test accuracy (%)', **labels); ax.grid(alpha=.3)
     return ax
 
+# %% ../../nbs/lab/06_figures.ipynb #beef9bc5
 def plot_cost(
     points: dict[str, list[tuple]], # method -> runs, each (filter ratio, cost, test accuracy), as of `cost_points`
     ax: Optional[Axes]=None, # None: a new figure
@@ -120,9 +122,11 @@ def plot_ratio(
     ax: Optional[Axes]=None, # None: a new figure
 ) -> Axes:
     "Test accuracy against filter ratio, with 95% intervals; a line across for methods without one."
-    ax = _accuracy_axes(ax, xlabel='filter ratio')
+    ax = _accuracy_axes(ax, xlabel='filter ratio (equal ones side by side)')
     for i, (method, runs) in enumerate(points.items()):
-        if runs[0][0]: _error_bars(ax, i, method, *_intervals(runs, 'ratio'))
+        if runs[0][0]:
+            x, mean, half = _intervals(runs, 'ratio')
+            _error_bars(ax, i, method, x + .006*(i - (len(points)-1)/2), mean, half)      # side by side
         else: ax.axhline(100*np.mean([r[2] for r in runs]), color=_color(i), lw=1, ls='--', label=method)
     _legend_beside(ax)
     return ax
@@ -169,7 +173,7 @@ def plot_diagnostics(
         for run in (gaps or {}).get(method, []): axs[2].plot(range(1, len(run)+1), run, color=color, lw=1)
     axs[0].set(xlabel='samples (%), most selected first', ylabel='share of epochs selected')
     axs[1].axhline(1, color='gray', lw=.8, ls=':')
-    axs[1].set(xlabel='class', ylabel='share among selected / share in the data')
+    axs[1].set(xlabel='class', ylabel='share selected / share in data')
     if gaps: axs[2].set(xlabel='epoch', ylabel='spectral gap', ylim=(0, None))
     _legend_beside(axs[-1], axs[0].get_legend_handles_labels()[0])
     return axs

@@ -64,6 +64,7 @@ def claims(
         for control, title in control_titles.items(): out[m, title] = at_equal_cost(runs, rows, control)
     return out
 
+# %% ../../nbs/lab/11_paper_tables.ipynb #68f35a86
 def difference_text(
     difference: Difference,
     p: float, # Holm-corrected; NaN: not tested

@@ -74,6 +74,7 @@ class Difference:
         if np.ptp(d) < 1e-12: return float(abs(d.mean()) < 1e-12)
         return float(stats.ttest_1samp(d, 0).pvalue)
 
+# %% ../../nbs/lab/02_stats.ipynb #7105d24f
 def verdict(
     difference: Difference,
     p: Optional[float]=None, # corrected for the other comparisons of the table; None: the uncorrected one
@@ -123,10 +124,10 @@ def at_cost(
     "The value at a cost: a point's there, else on the line between its neighbours; none outside of the points."
     points = sorted(points)
     if not points: return Reading(None, cost, 'not run')
+    near = [p for p in points if abs(p.cost - cost) <= tolerance*cost*(1+1e-9)]
+    if not near: return _beside(points, cost)
     def distance(p): return abs(np.log(p.cost/cost))
-    nearest = min(map(distance, points))
-    p = _mean_point([p for p in points if distance(p) <= nearest + 1e-9])
-    if abs(p.cost - cost) > tolerance*cost*(1+1e-9): return _beside(points, cost)
+    p = _mean_point([p for p in near if distance(p) <= min(map(distance, near)) + 1e-9])
     off = f'{p.cost/cost-1:+.0%}'
     return Reading(p.value, p.cost, f'{p.name}, ' + ('same cost' if off in ('+0%', '-0%') else f'cost {off}'))
 

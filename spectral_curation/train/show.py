@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-# %% ../../nbs/train/04_show.ipynb #a63133e1
+# %% ../../nbs/train/04_show.ipynb #14aaa58b
 def principal_plane(
     features: Union[Tensor, np.ndarray], # [B, d] features of a batch, B and d at least 2
 ) -> np.ndarray: # [B, 2] coordinates along the two directions of largest variance, float64
