@@ -172,3 +172,4 @@ def test_a_terminal_gets_one_bar(tmp_path):
     assert '\n' not in ''.join(frames[1:-1])
     assert all(f.startswith('[') for f in frames[1:-1] if f), frames[:3]        # never a bar of something else
     assert any('epochs 2/2' in f for f in frames)
+    assert any('epochs 0/2' in f and '| features' in f for f in frames)
