@@ -128,6 +128,7 @@ def made_up_features(
     features.flush()
     return path
 
+# %% ../../nbs/lab/15_bench_select.ipynb #bb22ea72
 class _Numbers:
     "A data set of `n` samples that holds none."
     def __init__(self, n): self.n = n

@@ -44,6 +44,7 @@ def digit_files(
         Image.fromarray(np.uint8(np.repeat(image[..., None]*255/16, 3, -1))).resize((32, 32)).save(path)
     return Path(folder)
 
+# %% ../../nbs/lab/16_bench_train.ipynb #44d46a89
 def on_gpu(
     dls: DataLoaders,
 ) -> bool:
@@ -59,6 +60,7 @@ def untrained_reference(
     model.fc = nn.Identity()
     return model
 
+# %% ../../nbs/lab/16_bench_train.ipynb #5c9d8cb3
 class _TrainingTime(Callback):
     "Seconds of the training part of an epoch, its plan included."
     order = -20

@@ -59,6 +59,7 @@ def _add_comparison_options(p: argparse.ArgumentParser) -> None:
     o('--seeds', type=number(int, 1), default=3, metavar='N',
       help='runs of each method, with seeds 0 to N-1 (default: 3)')
 
+# %% ../../nbs/lab/09_cli.ipynb #e165340e
 def _add_training_options(p: argparse.ArgumentParser) -> None:
     o = p.add_argument
     o('--epochs', type=number(int, 1), metavar='N',

@@ -17,7 +17,7 @@ from typing import Iterable, Iterator, Optional, Union
 import torch
 
 from ..select.ratio import n_keep
-from ..features.progress import Progress, clock
+from ..features.progress import Progress, bar_is_open, clock
 from .methods import control_ratio, controls, method_named, step_size
 from .config import Config, mean_ratio
 from .prepare import preparation_of, prepare
@@ -139,7 +139,7 @@ def prepare_runs(
         by_preparation[what] = c
         uses[what] += 1
     for what, c in by_preparation.items():
-        if uses[what] > 1 and method_named(c.method).needs: prepare(c)
+        if uses[what] > 1 and method_named(c.method).needs: prepare(c, progress=bar_is_open())
 
 def _stop_with_parent() -> None:
     multiprocessing.parent_process().join()

@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
         "Print the message in one line and exit with code 2."
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
+# %% ../../nbs/lab/08_options.ipynb #c37731c7
 def number(
     kind: type, # int or float
     least: Optional[float]=None, # the smallest value allowed
@@ -53,6 +54,7 @@ def names_from(
         return list(dict.fromkeys(names))
     return parse
 
+# %% ../../nbs/lab/08_options.ipynb #1190abcc
 def filter_ratios(
     text: str, # one number, or several, separated by commas
 ) -> list[float]: # each once

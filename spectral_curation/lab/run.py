@@ -17,6 +17,7 @@ from fastai.torch_core import set_seed
 
 from .. import __version__
 from ..features.weights import head_name
+from ..features.progress import bar_is_open
 from ..features.store import atomic_write
 from ..train.selector import Selector
 from ..train.learner import curated_learner
@@ -105,7 +106,7 @@ def run_config(
     """Train and test once. The same configuration gives the same result (bit-exactly on the CPU), in one go or in
     several. Raises what `Config.complete` raises."""
     c = config.complete()
-    prepared = prepare(c)
+    prepared = prepare(c, progress=bar_is_open())
     selector = method_named(c.method).make(c, prepared)
     set_seed(c.seed, reproducible=True)         # the run does not depend on what was prepared in this process
     watchers = _watchers(c, selector, progress)

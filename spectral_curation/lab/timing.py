@@ -31,6 +31,7 @@ def side_by_side(
         seconds[name].append(returned if isinstance(returned, float) else time.perf_counter()-start)
     return seconds
 
+# %% ../../nbs/lab/14_timing.ipynb #8f9c822e
 def comparison(
     seconds: dict[str, list[float]], # as `side_by_side` gives them
     base: str, # the case that the others are compared with
@@ -47,6 +48,7 @@ def comparison(
                          **{column: values.get(name) for column, values in columns.items()}))
     return rows
 
+# %% ../../nbs/lab/14_timing.ipynb #fe1efc51
 def machine() -> dict: # name -> value
     "Hardware and versions."
     return dict(cpu=_cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(),
