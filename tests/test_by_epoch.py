@@ -266,3 +266,12 @@ def test_infobatch_ends_with_a_whole_epoch_and_counts_what_it_trains(form, drop_
     quiet_fit(Learner(dls, nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-3, cbs=[cb, Kept()]), 5)
     assert all(trained <= offered and share <= 1 for offered, trained, share in kept)
     assert kept[-1][1] == (96 if drop_last else 100) and all(trained < 90 for _, trained, _ in kept[1:-1])
+
+
+def test_fewer_steps_of_a_given_size_cost_what_the_ratio_says():
+    "The rule of two is for steps of what is kept of a batch; steps of a given size save the share asked for."
+    for step, trained in ((None, 6*2), (32, 6)):
+        cb = StandardShort(.95, step=step)
+        dls = DataLoaders(DataLoader(tagged, bs=16, shuffle=True, drop_last=True), DataLoader(tagged, bs=16))
+        quiet_fit(Learner(dls, nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6, cbs=cb), 1)
+        assert cb.trained == trained

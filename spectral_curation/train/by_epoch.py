@@ -56,7 +56,7 @@ class EpochChoice(Selector):
         idx = check_positions(idx, n, np.shape(idx)[:1] or (0,), f'{type(self).__name__}.choose', 'indices')
         return torch.zeros(n, dtype=torch.bool).index_fill(0, idx, True)
 
-# %% ../../nbs/train/08_by_epoch.ipynb #8e564dd1
+# %% ../../nbs/train/08_by_epoch.ipynb #f7c4bf61
 class EpochSelector(EpochChoice):
     "Read a part of the training set in an epoch: what a `rule` says, or a subclass, in `choose`."
     def make_plan(self,
@@ -215,8 +215,9 @@ class StandardShort(EpochSelector):
         "An epoch's share of the steps, through one order after the other."
         size, samples = self.epoch_size(), self.step_samples or step_size(self.bs, self.filter_ratio, self.bs)
         if max(self.waiting, default=-1) >= len(self.dl.dataset): self.forget()     # the data set has become smaller
-        n, orders = reduced_size(size, self.bs, self.filter_ratio), lambda: self.full_order(draw)
-        plan, self.waiting = plan_fewer_steps(self.waiting, orders, n, samples, self.rank, self.world_size)
+        n = reduced_size(size, self.bs, self.filter_ratio, two=self.step_samples is None)
+        orders, ranks = lambda: self.full_order(draw), (self.rank, self.world_size)
+        plan, self.waiting = plan_fewer_steps(self.waiting, orders, n, samples, *ranks)
         return plan._replace(offered=size)
 
     def state_dict(self) -> dict: return super().state_dict() | dict(waiting=list(self.waiting))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..select.ratio import candidates, n_keep
 from .rules import BatchRule, Epoch
 
-# %% ../../nbs/train/02_plan.ipynb #3280b468
+# %% ../../nbs/train/02_plan.ipynb #168f46ce
 class Step(NamedTuple):
     "One step of training: who is offered, how many are kept, and who, where that is known beforehand."
     candidates: Tensor                  # [B] data set indices, int64, on the CPU, in the order of reading
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
         "What a loader reads."
         return [(s.candidates if candidates else s.kept).tolist() for s in self.steps]
 
-# %% ../../nbs/train/02_plan.ipynb #bd5e1d26
+# %% ../../nbs/train/02_plan.ipynb #f34fc45b
 def step_size(
     n: int, # candidates, >= 1
     filter_ratio: float, # share removed, 0 <= filter_ratio < 1
@@ -60,7 +60,7 @@ def split_batches(
     if not batches or len(batches[-1]) == batch_size: return batches
     return batches[:-1] if drop_last or len(batches[-1]) == 1 < len(batches) else batches
 
-# %% ../../nbs/train/02_plan.ipynb #8cd0c9e9
+# %% ../../nbs/train/02_plan.ipynb #44f41d58
 FilterRatio = Union[float, Callable[[float, int], float]]   # a number, or (share of training done, batch) -> a number
 
 def _step(batch: Tensor, ratio: float, batch_size: int) -> Step:
@@ -100,7 +100,7 @@ def plan_candidates(
             share += 1/(len(batches)*epoch.n_epochs)        # as fastai counts, for the same rounding
     return Plan(steps, sum(len(s.candidates) for s in steps))
 
-# %% ../../nbs/train/02_plan.ipynb #8249d295
+# %% ../../nbs/train/02_plan.ipynb #72c7a0a3
 def check_positions(
     positions: Tensor, # what a rule or a selector says
     n: int, # candidates
@@ -121,7 +121,7 @@ def check_positions(
     wrong = ordered[bad].unique()[:8].tolist()
     raise ValueError(f"{name} must return each of its {what} once, from 0 to {n-1}; got {wrong} twice or out of range")
 
-# %% ../../nbs/train/02_plan.ipynb #42d0daeb
+# %% ../../nbs/train/02_plan.ipynb #7afe6259
 def _choose(steps: list[Step], rule: BatchRule, epoch: Epoch, first: int) -> list[Step]:
     "Steps of one size and ratio, with the rule's answer; `first` is the number of the first of them."
     n, k = len(steps[0].candidates), steps[0].n_kept
@@ -152,7 +152,7 @@ def plan_batches(
         start = stop
     return plan._replace(steps=steps)
 
-# %% ../../nbs/train/02_plan.ipynb #41fd381c
+# %% ../../nbs/train/02_plan.ipynb #89ac94db
 def rank_share(
     order: Union[list, Tensor], # the same on every rank
     rank: int, # this process, from 0
@@ -161,7 +161,7 @@ def rank_share(
     "What is left of `order` for one rank: as much as for each of the others."
     return order[rank:len(order)//world_size*world_size:world_size]
 
-# %% ../../nbs/train/02_plan.ipynb #0239d774
+# %% ../../nbs/train/02_plan.ipynb #14cc18cc
 def plan_epoch(
     order: Union[list, Tensor], # data set indices in the order of reading, of all ranks together
     chosen: Tensor, # [N] is this sample read in this epoch?, bool
@@ -190,14 +190,16 @@ def plan_epoch(
     if batch_size > 1: steps = [s for s in steps if s.n_kept > 1] or steps[:1]
     return Plan(steps, offered)
 
-# %% ../../nbs/train/02_plan.ipynb #2bd0a770
+# %% ../../nbs/train/02_plan.ipynb #876e8621
 def reduced_size(
     n: int, # samples that a whole epoch reads
     batch_size: int, # of the loader
     filter_ratio: float, # share of each batch that is removed, 0 <= filter_ratio < 1
+    two: bool=True, # are steps of the samples kept, so that two are needed? (`step_size`)
 ) -> int:
     "Samples that an epoch trains on when each of its batches is reduced."
-    return sum(step_size(len(b), filter_ratio, batch_size) for b in split_batches(range(n), batch_size))
+    if two: return sum(step_size(len(b), filter_ratio, batch_size) for b in split_batches(range(n), batch_size))
+    return sum(n_keep(min(batch_size, n-i), filter_ratio) for i in range(0, n, batch_size))
 
 def plan_fewer_steps(
     waiting: list[int], # drawn before and not read yet
