@@ -20,7 +20,7 @@ from .distributed import DistributedDL, GroupDL, ShardedDL, training_share
 from .rows import batch_size, take_rows
 from .accounts import SelectorState
 
-# %% ../../nbs/train/09_selector.ipynb #4b653a7d
+# %% ../../nbs/train/09_selector.ipynb #5a2330c0
 def check_alone(
     cbs, # of a learner
 ) -> None:
@@ -42,8 +42,7 @@ class SelectorEvents(SelectorState):
         check_alone(self.learn.cbs)
         dl = self.dls.train
         check_loader(dl.dl if isinstance(dl, DistributedDL) else dl)
-        self.seconds_preparing = 0.
-        self.reset_accounts(); self.add_columns()
+        self.seconds_preparing = 0.; self.reset_accounts(); self.add_columns()
         self.meet(dl.dataset)
         if self.filter_ratio:
             self.check_exported()
@@ -71,7 +70,7 @@ class SelectorEvents(SelectorState):
         watch, self.watch = vars(self).get('watch'), None
         if watch: watch.stop()
 
-# %% ../../nbs/train/09_selector.ipynb #e6d65260
+# %% ../../nbs/train/09_selector.ipynb #2f0ea9d2
 class Selector(SelectorEvents):
     "What all selectors share: a plan for each epoch, and the indices of each batch. Subclasses plan in `make_plan`."
     def make_plan(self,
@@ -141,7 +140,7 @@ class BatchChoice(Selector):
         "The filter ratio in force; asked for all batches of an epoch before its first."
         return self.filter_ratio
 
-# %% ../../nbs/train/09_selector.ipynb #d2df976b
+# %% ../../nbs/train/09_selector.ipynb #1f698215
 class BatchSelector(BatchChoice):
     """Train on a part of each batch. Subclasses say which, in `select`. At least two samples of a batch are kept, and a
     batch of one is left out, where that can be (see `plan`). Filter ratio 0 changes nothing, it only counts."""
