@@ -19,6 +19,7 @@ from .. import __version__
 from ..features.weights import head_name
 from ..features.progress import bar_is_open
 from ..features.store import atomic_write
+from ..train.show import principal_plane
 from ..train.selector import Selector
 from ..train.learner import curated_learner
 from ..train.checkpoint import Checkpoint
@@ -41,9 +42,8 @@ def save_artefacts(
     out = dict(weight=weight, times_offered=log.offered.numpy(), times_kept=log.kept.numpy(),
                classes=np.array(log.classes), labels=log.labels.numpy())
     for i, (idx, positions) in enumerate(first.batches if prepared.features is not None else ()):
-        f = torch.from_numpy(np.asarray(prepared.features[idx.numpy()])).double()
-        u, s, _ = torch.linalg.svd(f-f.mean(0), full_matrices=False)
-        out |= {f'xy{i}': (u*s)[:, :2].numpy(), f'keep{i}': positions.numpy(), f'labels{i}': log.labels[idx].numpy()}
+        xy = principal_plane(np.asarray(prepared.features[idx.numpy()]))
+        out |= {f'xy{i}': xy, f'keep{i}': positions.numpy(), f'labels{i}': log.labels[idx].numpy()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **out)
     with atomic_write(path) as tmp: tmp.write_bytes(buffer.getvalue())

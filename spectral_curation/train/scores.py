@@ -19,7 +19,7 @@ from torch import Tensor
 from ..select.history import ForgettingCounter, el2n_scores, grand_last_layer_scores, grand_scores
 from ..features.progress import track
 from ..features.weights import head_name
-from ..features.store import StaleFeatures, load_features, save_features
+from ..features.store import StaleFeatures, load_features, locked, save_features
 from ..features.model import Reference
 from ..features.extract import feature_batches, frozen_loader
 from .selector import BatchSelector
@@ -145,22 +145,25 @@ def held_out_outputs(
     return Scores(outputs, 3*trained + n, time.perf_counter()-start)
 
 # %% ../../nbs/train/14_scores.ipynb #01819e17
+def _saved_scores(path: Path, meta: dict) -> Scores:
+    "Scores that the file holds; `StaleFeatures` where it holds none, or others."
+    values = load_features(path, meta)
+    side = json.loads(path.with_suffix('.json').read_text())
+    return Scores(np.array(values[:, 0] if side['flat'] else values), side['cost'], side['seconds'])
+
 def cached_scores(
     path: Union[str, Path], # .npy file
     meta: dict, # what decides the scores; goes into the sidecar
     make: Callable[[], Scores], # called where the file is missing, damaged or of something else
 ) -> Scores: # the values as they were made
-    "Scores from the file, or made and saved there."
+    "Scores from the file, or made and saved there; another process that wants the same waits for them."
     path = Path(path)
-    try:
-        values = load_features(path, meta)
-        side = json.loads(path.with_suffix('.json').read_text())
-        return Scores(np.array(values[:, 0] if side['flat'] else values), side['cost'], side['seconds'])
-    except StaleFeatures as e:
-        if str(e) != 'missing': print(f"{path.name} is made again: {e}")
-    scores = make()
-    values = np.asarray(scores.values, np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    described = meta | dict(cost=scores.cost, seconds=scores.seconds, flat=values.ndim == 1)
-    save_features(path, iter([values.reshape(len(values), -1)]), len(values), described)
+    with locked(path):
+        try: return _saved_scores(path, meta)
+        except StaleFeatures as e:
+            if str(e) != 'missing': print(f"{path.name} is made again: {e}")
+        scores = make()
+        values = np.asarray(scores.values, np.float32)
+        described = meta | dict(cost=scores.cost, seconds=scores.seconds, flat=values.ndim == 1)
+        save_features(path, iter([values.reshape(len(values), -1)]), len(values), described)
     return scores._replace(values=values)
