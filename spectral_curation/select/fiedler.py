@@ -51,7 +51,8 @@ def _dense_fiedler(s: Tensor, kind: str) -> Tensor:
             return _project_axis_of_largest_leverage(vectors[..., :1].view(*l.shape[:-1], 1), root_degrees)
     values, vectors = torch.linalg.eigh(l)
     values, vectors = values[..., :-1], vectors[..., :-1]       # the last one is u
-    return _project_axis_of_largest_leverage(vectors * (values - values[..., :1] <= rounding)[..., None, :], root_degrees)
+    vectors = vectors * (values - values[..., :1] <= rounding)[..., None, :]
+    return _project_axis_of_largest_leverage(vectors, root_degrees)
 
 def fiedler_from_affinity(
     affinity: Tensor, # [B, B] or [n, B, B], symmetric, finite; a numpy array or nested lists will do

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['one_thread', 'certified_eigenvector']
 
-# %% ../../nbs/select/03_iterative.ipynb #0a751edf
+# %% ../../nbs/select/03_iterative.ipynb #273960b3
 from contextlib import contextmanager
 from typing import Any, Iterator, NamedTuple, Optional
 
@@ -13,7 +13,7 @@ import torch, numpy as np, scipy.linalg, torch.nn.functional as F
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-# %% ../../nbs/select/03_iterative.ipynb #e6da966d
+# %% ../../nbs/select/03_iterative.ipynb #1dd3150a
 class _Laplacian(NamedTuple):
     "`diag(diagonal) - rows rows'` of one batch. All arrays are numpy's (it calls small operations faster) or torch's."
     rows: Any           # [B, d]
@@ -32,7 +32,7 @@ def _laplacian_of_rows(f: Tensor, kind: str) -> Optional[_Laplacian]:
     else: return None
     return _Laplacian(rows, diagonal, w, F.normalize(w, dim=0))
 
-# %% ../../nbs/select/03_iterative.ipynb #f7de9569
+# %% ../../nbs/select/03_iterative.ipynb #a1d8cbd3
 class _Subspace:
     "An orthonormal basis that grows, orthogonal to the null vector; its images under L; and L projected onto it."
     def __init__(self, laplacian: _Laplacian, capacity: int, lib):       # lib: numpy or torch
@@ -66,7 +66,7 @@ class _Subspace:
         r = self.images[:k].T @ y[:, 0] - values[0]*v
         return float(values[0]), float(values[1]-values[0]), v, r - null*(null @ r)
 
-# %% ../../nbs/select/03_iterative.ipynb #a5a8b390
+# %% ../../nbs/select/03_iterative.ipynb #429eed04
 def _olsen_correction(full_diagonal, value: float, gap: float, v, r, lib):
     "The estimated error of `v`, from the diagonal of L alone, orthogonal to `v` (Olsen et al. 1990)."
     m = full_diagonal - value
@@ -74,7 +74,7 @@ def _olsen_correction(full_diagonal, value: float, gap: float, v, r, lib):
     a, b = r/m, v/m
     return a - b*((v @ a)/(v @ b))
 
-# %% ../../nbs/select/03_iterative.ipynb #412afa5d
+# %% ../../nbs/select/03_iterative.ipynb #71b467d6
 def _davidson(laplacian: _Laplacian, lib, max_products: int=200) -> Optional[tuple]:
     """Lowest eigenvalue on the complement of the null vector, distance to the next Ritz value, eigenvector [B].
     None where it is not found in `max_products` products, or the eigenvalue is repeated."""
@@ -90,8 +90,10 @@ def _davidson(laplacian: _Laplacian, lib, max_products: int=200) -> Optional[tup
         new = [_olsen_correction(full_diagonal, value, gap, v, r, lib)]
     return None
 
-# %% ../../nbs/select/03_iterative.ipynb #d2f9ecec
-def _certificate_factors(laplacian: _Laplacian, known: Tensor, shift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+# %% ../../nbs/select/03_iterative.ipynb #c8bdcd6d
+def _certificate_matrices(
+    laplacian: _Laplacian, known: Tensor, shift: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     "A and P of step 3 for `known` [B, m]; where B <= d, A' transposed and no P."
     m = (laplacian.diagonal - shift).sqrt()[:, None]
     u = torch.linalg.qr(known/m).Q.to(dtype)
@@ -118,7 +120,8 @@ def _is_lowest(laplacian: _Laplacian, v: Tensor, value: float, margin: float, dt
     "Does no eigenvalue but 0 and `value` (of the null vector and of `v`) lie below `value + margin`?"
     shift = min(value + margin, (value + float(laplacian.diagonal.min()))/2)       # M must be positive
     if shift <= value: return False
-    return _is_positive_definite(*_certificate_factors(laplacian, torch.stack([laplacian.null_vector, v], 1), shift, dtype))
+    known = torch.stack([laplacian.null_vector, v], 1)
+    return _is_positive_definite(*_certificate_matrices(laplacian, known, shift, dtype))
 
 # %% ../../nbs/select/03_iterative.ipynb #ffd6728b
 _blas = ThreadpoolController().select(internal_api='openblas')       # scipy's and numpy's
@@ -135,14 +138,14 @@ def one_thread(
         with _blas.limit(limits=1): yield
     finally: torch.set_num_threads(threads)
 
-# %% ../../nbs/select/03_iterative.ipynb #e8bf3ff0
+# %% ../../nbs/select/03_iterative.ipynb #08a73bda
 def _is_certified(l: _Laplacian, v: Tensor, value: float, gap: float) -> bool:
     "Is `v` the eigenvector of the lowest eigenvalue `value`, with `gap` to the next Ritz value?"
     attempts = (1/2, torch.float32), (1/64, torch.float64)
     return any(_is_lowest(l, v, value, share*gap, dtype) for share, dtype in attempts)
 
 def certified_eigenvector(
-    rows: Tensor, # [B, d], float64, as `unit_rows` returns them, of a graph in which all samples are tied
+    rows: Tensor, # [B, d], float64, as `unit_rows` returns them
     kind: str='unnormalized', # unnormalized (the paper's), symmetric or random_walk
 ) -> Optional[tuple[Tensor, Tensor]]: # eigenvector [B] of unit length and either sign, square roots of the degrees [B]
     """Eigenvector of the lowest eigenvalue on the complement of the null vector, by Davidson's method, with a
