@@ -79,7 +79,7 @@ class ReferenceInput:
 
 # %% ../../nbs/features/06_model.ipynb #c1a9a499
 class Reference(ReferenceInput):
-    """A frozen model that gives features. Raises `TypeError` for what is no reference, `ValueError` for an unknown
+    """A frozen model that gives features. Raises `TypeError` for anything but a reference, `ValueError` for an unknown
     name, an unfit file or a size below 1, `FileNotFoundError` for weights that can't be found."""
     def __init__(self,
         reference: Union[str, Path, nn.Module], # torchvision name, weights file, 'pixels', or a module

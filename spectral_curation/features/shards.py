@@ -37,7 +37,7 @@ def same_features(
 
 # %% ../../nbs/features/05_shards.ipynb #019f1894
 class Shards:
-    "The files of a feature file in the making: pieces of `rows` rows in a folder beside `path`."
+    "The pieces of a feature file while it is extracted: `rows` rows each, in a folder beside `path`."
     def __init__(self,
         path: Path, # the final .npy file
         meta: dict, # what the features are; `n` is the number of rows, `dtype` their type
@@ -70,7 +70,7 @@ class Shards:
         return features
 
     def remove(self) -> None:
-        "Remove the shards, and whatever a crash left among them."
+        "Remove the shards, and anything that a crash left among them."
         shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../../nbs/features/05_shards.ipynb #a5239579
@@ -89,7 +89,7 @@ def _check_against_model(stored: np.ndarray, idxs: list[int], read: FeatureReade
 
 def checked_features(
     shards: Shards, # of the file
-    read: FeatureReader, # to look at 16 samples again
+    read: FeatureReader, # to extract 16 samples again
 ) -> np.ndarray: # [n, d], memory-mapped, read-only
     """The final file's features. Raises `StaleFeatures` where it is missing, damaged, of something else, or where the
     model gives other features for 16 of its samples now."""
@@ -100,9 +100,9 @@ def checked_features(
 
 def missing_shards(
     shards: Shards, # of the file
-    read: FeatureReader, # to look at 16 samples again, if any are stored
+    read: FeatureReader, # to extract 16 samples again, if any are stored
 ) -> list[tuple[int, int]]: # first row, row after the last; ascending
-    "The shards that must be extracted. Says what is there and what is not usable, in a line each."
+    "The shards that must be extracted. Prints a line about those done and one about those not usable."
     usable, faults = {}, []
     for shard in shards.all:
         try: usable[shard] = shards.load(shard)

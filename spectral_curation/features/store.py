@@ -115,7 +115,7 @@ def load_features(
         if v != description.get(k): raise StaleFeatures(f'made for {k} {description.get(k)!r}, wanted {v!r}')
     if description.get('checksum') != sha256(path): raise StaleFeatures('damaged (its checksum is wrong)')
     try: features = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e: raise StaleFeatures(f'it is no plain array ({e})') from e
+    except (ValueError, OSError, EOFError) as e: raise StaleFeatures(f'it is not a plain array ({e})') from e
     if (list(features.shape), str(features.dtype)) != (description.get('shape'), description.get('dtype')):
         raise StaleFeatures('damaged (its shape is wrong)')
     return features
@@ -131,8 +131,8 @@ def forget_pages(
 # %% ../../nbs/features/04_store.ipynb #a18db434
 class RowReader:
     """Rows of features: those of a memory-mapped file are read, not mapped. A page that is mapped brings its neighbours
-    along and has to be given back: for rows of 4 KB in a file of 5 GB, in random order, 9 to 12 microseconds a row and
-    a growing process, where reading takes 2."""
+    along and has to be given back: for rows of 4 KB in a file of 5 GB, in random order, 9 to 12 microseconds per row
+    and a growing process, where reading takes 2."""
     def __init__(self,
         features: Union[np.ndarray, Tensor], # [N, ...]
     ):
@@ -174,7 +174,7 @@ def check_features(
     name: str='features', # what the caller's argument is called, for the error
     dims: tuple=(2,), # numbers of dimensions that are allowed; (1, 2): [N] as well
 ) -> Union[np.ndarray, Tensor]: # the same as an array or tensor; an .npy file memory-mapped
-    """Features that were given, if they are finite floating-point numbers, one row a sample. Raises `TypeError` for
+    """Features that were given, if they are finite floating-point numbers, one row per sample. Raises `TypeError` for
     another type, and `ValueError` for another shape, and for NaN or infinity, with the row."""
     features = _as_array(features, name)
     if features.ndim not in dims or len(features) != n: raise ValueError(
@@ -193,7 +193,7 @@ def check_features(
 def _as_array(features: Any, name: str) -> Union[np.ndarray, Tensor]:
     if isinstance(features, (np.ndarray, Tensor)): return features
     if isinstance(features, (str, Path)):
-        if Path(features).suffix != '.npy': raise ValueError(f"{name} is no .npy file: {str(features)!r}")
+        if Path(features).suffix != '.npy': raise ValueError(f"{name} is not an .npy file: {str(features)!r}")
         return np.load(Path(features).expanduser(), mmap_mode='r', allow_pickle=False)
     if not hasattr(features, '__len__') and not hasattr(features, '__array__'):
         raise TypeError(f"{name} must be an array, a tensor, lists or an .npy file; got {type(features).__name__}")

@@ -19,7 +19,7 @@ def whole_number(
     least: int=1, # smallest allowed
     most: Optional[int]=None, # largest allowed; None: no limit
 ) -> int: # the same number
-    "`value` as an `int`. Raises `ValueError`, with the argument's name, where it is no whole number or out of range."
+    "`value` as an `int`. Raises `ValueError`, with the argument's name, for other values and outside of the range."
     try: number = operator.index(value)
     except TypeError: number = least-1
     if number < least or (most is not None and number > most):
@@ -32,7 +32,7 @@ def as_tensor(
     value: Any, # Tensor, numpy array, or nested lists of numbers
     name: str, # the argument's name, for the error
 ) -> Tensor: # the same numbers; memory is shared where that is possible
-    "`value` as a tensor. Raises `TypeError`, with the argument's name, for what is no array of numbers."
+    "`value` as a tensor. Raises `TypeError`, with the argument's name, for anything but an array of numbers."
     if torch.is_tensor(value): return value
     try:
         array = np.ascontiguousarray(value)
@@ -77,7 +77,7 @@ def float64_tensor(
     value: Any, # Tensor, numpy array, or nested lists of floats
     name: str, # the argument's name, for the error
 ) -> Tensor: # float64, without gradient; on the same device, or on the CPU where that is Apple's GPU
-    "`value` in float64. Raises `TypeError`, with the argument's name, for what is no array of floating-point numbers."
+    "`value` in float64. Raises `TypeError` as `float_tensor` does."
     x = float_tensor(value, name).detach()
     return (x.cpu() if x.device.type == 'mps' else x).double()
 

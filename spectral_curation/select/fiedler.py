@@ -83,7 +83,7 @@ def fiedler_vector(
     solver: str='auto', # auto: by size; dense; or iterative, which falls back on dense where it is not certain
 ) -> Tensor: # [B] or [n, B], unit length (B = 1: zero), float64; on the features' device (for mps, on the CPU)
     """Fiedler vector of the cosine-similarity graph of each batch (SALN, arXiv 2412.17069, steps 2 to 5). Raises
-    `TypeError` for features that are no array of floats; `ValueError` for features of a wrong shape, with NaN or
+    `TypeError` for features that are not an array of floats; `ValueError` for features of a wrong shape, with NaN or
     infinity, for unknown options, and for degrees that a normalized Laplacian can't divide by."""
     if solver not in solvers: raise ValueError(f"solver must be one of {', '.join(solvers)}; got {solver!r}")
     if laplacian not in laplacian_kinds:

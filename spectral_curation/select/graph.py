@@ -30,7 +30,7 @@ def _checked_features(features: Any) -> Tensor:
 def unit_rows(
     features: Tensor, # [B, d] or [n, B, d], any float dtype, finite; a numpy array or nested lists will do
 ) -> Tensor: # same shape, float64, each row of length 1; rows of zeros stay zeros
-    """Features, each row divided by its length. Raises `TypeError` for what is no array of floating-point numbers,
+    """Features, each row divided by its length. Raises `TypeError` for anything but an array of floating-point numbers,
     `ValueError` for a wrong shape, NaN or infinity."""
     given = _checked_features(features)
     f = float64_tensor(given, 'features')
@@ -52,8 +52,8 @@ def cosine_affinity(
 def checked_affinity(
     affinity: Tensor, # [B, B] or [n, B, B]; a numpy array or nested lists will do
 ) -> Tensor: # the same numbers in float64
-    """`affinity` itself, if it is one. Raises `TypeError` for what is no array of floating-point numbers, `ValueError`
-    for a wrong shape, NaN, infinity, and a matrix that is not symmetric."""
+    """`affinity` in float64, checked. Raises `TypeError` for anything but an array of floating-point numbers,
+    `ValueError` for a wrong shape, NaN, infinity, and a matrix that is not symmetric."""
     s = float64_tensor(affinity, 'affinity')
     if s.ndim not in (2, 3) or s.shape[-1] != s.shape[-2] or 0 in s.shape:
         raise ValueError(f"affinity must be [B, B] or [n, B, B], with no empty dimension; got shape {list(s.shape)}")
@@ -63,7 +63,7 @@ def checked_affinity(
     return s
 
 def _strongest_edges(s: Tensor, n_neighbors: int) -> Tensor:
-    "`s` with the edges of no one's choice set to 0, and no self-loops."
+    "`s` without self-loops, and with the edges that neither end claims set to 0."
     n_neighbors = whole_number(n_neighbors, 'n_neighbors')
     others = s - torch.diag_embed(torch.full_like(s[..., 0], math.inf))
     nearest = others.argsort(dim=-1, descending=True, stable=True)[..., :min(n_neighbors, s.shape[-1]-1)]

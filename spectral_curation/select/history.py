@@ -59,13 +59,13 @@ class History:
         self.seen[idx] = True
 
     def state_dict(self) -> dict: # mean [n], var [n] and seen [n]
-        "What `load_state_dict` continues from."
+        "The state, for `load_state_dict`."
         return dict(mean=self.mean, var=self.var, seen=self.seen)
 
     def load_state_dict(self,
         state: dict, # as `state_dict` returns it
     ) -> None:
-        "Continue from a saved state. Raises `ValueError` where it is of another number of samples."
+        "Continue from a saved state. Raises `ValueError` where it has another number of samples."
         if (n := len(state['mean'])) != len(self.mean):
             raise ValueError(f"the saved history is of {n} samples, this one of {len(self.mean)}")
         self.mean, self.var, self.seen = (state[k].clone() for k in ('mean', 'var', 'seen'))
@@ -76,7 +76,7 @@ def keep_highest(
     k: int, # samples to keep, 1 <= k <= N
     generator: Optional[torch.Generator]=None, # breaks ties; a CPU generator; None: torch's global one
 ) -> Tensor: # [k] indices, int64, highest first, on the CPU
-    """The `k` samples of highest score, ties in random order. Raises `TypeError` for scores that are no real numbers,
+    """The `k` samples of highest score, ties in random order. Raises `TypeError` for scores that are not real numbers,
     `ValueError` for NaN and for a `k` that is not from 1 to N."""
     x = _score_vector(scores)
     if not len(x): raise ValueError("scores must be [N] with at least one sample, got none")
@@ -86,7 +86,7 @@ def keep_highest(
     return shuffled[x[shuffled].argsort(descending=True, stable=True)[:k]]
 
 def epsilon_greedy_keep(
-    history: History, # what the samples have shown
+    history: History, # statistics of all samples
     k: int, # samples to keep, 1 <= k <= N
     epsilon: float=0.1, # share of them that is drawn at random from the rest, 0 <= epsilon <= 1
     generator: Optional[torch.Generator]=None, # a CPU generator; None: torch's global one
@@ -104,7 +104,7 @@ def epsilon_greedy_keep(
 
 # %% ../../nbs/select/07_history.ipynb #f7c77801
 def ucb_keep(
-    history: History, # what the samples have shown
+    history: History, # statistics of all samples
     k: int, # samples to keep, 1 <= k <= N
     c: float=1., # standard deviations added to the mean, >= 0
     generator: Optional[torch.Generator]=None, # breaks ties; a CPU generator; None: torch's global one
@@ -162,7 +162,7 @@ def grand_scores(
     chunk_size: int=32, # gradients in memory at a time: chunk_size x parameters numbers
 ) -> Tensor: # [B], float32
     """GraNd of one model: 2-norm of the gradient of each sample's loss with respect to all parameters that require
-    one (`torch.func`; arXiv 2107.07075). Raises `TypeError` for what is no array, `ValueError` where no parameter
+    one (`torch.func`; arXiv 2107.07075). Raises `TypeError` for anything but an array, `ValueError` where no parameter
     requires a gradient, lengths differ or `chunk_size` is below 1."""
     x, targets = (as_tensor(t, name).as_subclass(Tensor) for t, name in ((x, 'x'), (targets, 'targets')))
     if len(x) != len(targets): raise ValueError(f"x holds {len(x)} samples, targets {len(targets)}")

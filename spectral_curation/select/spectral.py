@@ -48,7 +48,7 @@ def select_by_vector(
     generator: Optional[torch.Generator]=None, # for which='stratified': a CPU generator; None: torch's global one
 ) -> Tensor: # [k] or [n, k] positions, int64, on v's device, best first (for stratified: in descending order of v)
     """Positions kept, given the Fiedler vector. Entries closer than about 1e-9 of the largest count as tied; ties
-    go to the earlier position. Raises `TypeError` for a `v` that is no array of floats; `ValueError` for a wrong
+    go to the earlier position. Raises `TypeError` for a `v` that is not an array of floats; `ValueError` for a wrong
     shape, NaN or infinity in it, a `k` that is not from 1 to B, and an unknown `which`."""
     if which not in which_kinds: raise ValueError(f"which must be one of {', '.join(which_kinds)}; got {which!r}")
     v = float_tensor(v, 'v')
