@@ -123,9 +123,9 @@ class Reference(ReferenceInput):
 @contextmanager
 def _evaluating_on(model: nn.Module, device: torch.device) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
-    home = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+    device_before = next((t.device for t in chain(model.parameters(), model.buffers())), None)
     model.to(device).eval()
     try: yield
     finally:
         for m, training in modes: m.training = training
-        if home is not None: model.to(home)
+        if device_before is not None: model.to(device_before)
