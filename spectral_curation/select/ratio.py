@@ -8,19 +8,21 @@ __all__ = ['check_filter_ratio', 'n_keep', 'candidates']
 # %% ../../nbs/select/01_ratio.ipynb #9ae39eb9
 import math
 
+import numpy as np, torch
+
 from .checks import whole_number
 
 # %% ../../nbs/select/01_ratio.ipynb #9e4f7162
 def check_filter_ratio(
-    filter_ratio: float, # share of a batch that is removed, 0 <= filter_ratio < 1
-) -> float: # the same number
-    "`filter_ratio` itself. Raises `ValueError` where it is not a number from 0 to below 1."
-    try: ok = bool(0 <= filter_ratio < 1)
-    except (TypeError, ValueError, RuntimeError): ok = False
-    if not ok: raise ValueError(
+    filter_ratio: float, # share of a batch that is removed, 0 <= filter_ratio < 1; a scalar of numpy or torch will do
+) -> float: # the same number; 0.8 where a float32 says 0.80000001
+    "`filter_ratio` as a float. Raises `ValueError` where it is not a number from 0 to below 1."
+    scalar = np.asarray(filter_ratio.detach().cpu() if torch.is_tensor(filter_ratio) else filter_ratio)
+    ratio = float(str(scalar[()])) if scalar.ndim == 0 and scalar.dtype.kind in 'iuf' else math.nan
+    if not 0 <= ratio < 1: raise ValueError(
         "filter_ratio is the share of each batch that is removed, a number with 0 <= filter_ratio < 1; "
         f"got {filter_ratio!r}")
-    return filter_ratio
+    return ratio
 
 def n_keep(
     n: int, # samples in the batch, or in the training set, >= 1
@@ -28,8 +30,8 @@ def n_keep(
 ) -> int: # samples kept, from 1 to n
     """How many of `n` samples stay when a share `filter_ratio` is removed; the 1e-9 against float rounding is our
     interpretation. Raises `ValueError` for an `n` below 1 or a ratio out of range."""
-    check_filter_ratio(filter_ratio)
-    return max(1, math.floor(whole_number(n, 'n')*(1-filter_ratio) + 1e-9))
+    kept_share = 1 - check_filter_ratio(filter_ratio)
+    return max(1, math.floor(whole_number(n, 'n')*kept_share + 1e-9))
 
 # %% ../../nbs/select/01_ratio.ipynb #7a1df8ab
 def candidates(
@@ -38,8 +40,7 @@ def candidates(
 ) -> int: # size of the super-batch
     """The smallest number of samples of which a share of 1 - `filter_ratio` is `n`, rounded as in `n_keep`.
     Raises `ValueError` for an `n` below 1 or a ratio out of range."""
-    check_filter_ratio(filter_ratio)
-    n = whole_number(n, 'n')
+    filter_ratio, n = check_filter_ratio(filter_ratio), whole_number(n, 'n')
     size = max(n, math.floor(n/(1-filter_ratio)) - 2)
     while math.floor(size*(1-filter_ratio) + 1e-9) < n: size += 1      # `n_keep`, without its at least 1
     return size
