@@ -10,14 +10,12 @@ import argparse, os, sys, time
 from pathlib import Path
 from typing import Optional
 
-from .methods import method_named, methods
+from .methods import default_methods, is_built_in, method_named, methods
 from .config import Config, dataset_defaults, forms
 from .options import (Parser, add_machine_options, by_dataset, check_device, check_files,
                                            filter_ratios, names_from, number)
 
 # %% ../../nbs/lab/15_cli.ipynb #1b8b045c
-_default_methods = 'standard', 'saln', 'random', 'standard_short'
-
 def _list_of_methods() -> str:
     "The registered methods, a line each."
     width = 2 + max(map(len, methods))
@@ -46,8 +44,8 @@ def _add_comparison_options(p: argparse.ArgumentParser) -> None:
     o = p.add_argument
     o('--dataset', type=names_from(dataset_defaults), default=['digits'], metavar='A,B',
       help=f"data sets, from {', '.join(dataset_defaults)} (default: digits, which needs no download)")
-    o('--methods', type=names_from(methods, everything=True), default=list(_default_methods), metavar='A,B',
-      help=f"methods to compare, from those below, or all (default: {','.join(_default_methods)}). The controls random "
+    o('--methods', type=names_from(methods, everything=True), default=list(default_methods), metavar='A,B',
+      help=f"methods to compare, from those below, or all (default: {','.join(default_methods)}). The controls random "
            'and standard_short also run at the cost of the other methods where that differs')
     o('--filter_ratio', type=filter_ratios, default=[.8], metavar='R',
       help='share of the samples that is removed, 0 <= R < 1, or several, separated by commas (default: 0.8; '
@@ -81,9 +79,9 @@ def _add_training_options(p: argparse.ArgumentParser) -> None:
 def _default_jobs(configs: list[Config]) -> int:
     "Runs at a time: one a core for digits on a CPU, of methods that other processes know; otherwise one."
     small = all(c.dataset == 'digits' and c.device == 'cpu' for c in configs)
-    own = all(method_named(c.method).make.__module__.startswith('spectral_curation.') for c in configs)
+    known = all(is_built_in(c.method) for c in configs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(cores, 8, len(configs)) if small and own else 1
+    return min(cores, 8, len(configs)) if small and known else 1
 
 def _print_table(table, width: int=120) -> None:
     "Print as many columns side by side as fit into a line, then the next ones."

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 
 from ..features.store import atomic_write
 from ..train.show import plot_selection
+from .methods import default_methods
 from .comparable import grouped
 from .tables import paired_table, results_table
 from .figures import cost_points, plot_cost, plot_curves, plot_diagnostics
@@ -95,7 +96,7 @@ def summarize(
     return Comparison(results_table(records), paired_table(records), records, figures)
 
 def compare(
-    methods: Iterable[str]=('standard', 'saln', 'random', 'standard_short'), # names of methods
+    methods: Iterable[str]=default_methods, # names of methods
     seeds: Union[int, Iterable[int]]=3, # number of seeds (0, 1, ...), or the seeds themselves
     out: Union[str, Path]='curation', # folder for results.jsonl, figures, and the runs' artefacts
     dataset: str='digits', # name of the data set

@@ -100,7 +100,7 @@ def _identity(c) -> dict:
     for name in ('weights', 'reference'): out[name] = out[name] and _name_and_content(out[name])
     for name in added_later:
         if out[name] == default[name]: del out[name]
-    if m.chosen == 'never': out['filter_ratio'] = 0.
+    if m.chooses == 'never': out['filter_ratio'] = 0.
     if m.scheduled: out['filter_ratio'] = None
     if out['form'] == 'in_batch' or out['form'] not in m.forms: del out['form']
     return out

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..features.weights import head_name
 from .methods import standard_method
 from .comparable import grouped
-from .stats import Point, at_cost, mean_interval
+from .stats import Point, value_at_cost, mean_interval
 
 # %% ../../nbs/lab/12_figures.ipynb #559f8b63
 def _color(i: int): return plt.get_cmap('tab20')((2*i + 2*i//20) % 20)     # the ten dark ones first
@@ -144,7 +144,7 @@ def plot_budget(
     if ax is None: ax = plt.subplots(figsize=(7, 4), dpi=90, layout='constrained')[1]
     shares = np.array(list(shares), float)
     for i, (method, runs) in enumerate(curves.items()):
-        values = np.array([[at_cost(run, s).value for s in shares] for run in runs], float)     # None becomes NaN
+        values = np.array([[value_at_cost(run, s).value for s in shares] for run in runs], float)     # None becomes NaN
         known = np.isfinite(values).all(0)
         x, (mean, half), color = 100*shares[known], mean_interval(100*values[:, known]), _color(i)
         style = _marker_shapes[i % len(_marker_shapes)] + '-'

@@ -17,8 +17,8 @@ import numpy as np, pandas as pd
 
 from .methods import method_named, standard_method
 from .comparable import disagreement, grouped, run_name
-from .stats import (Difference, Point, at_cost, at_equal_cost, curves_at_cost, holm, interval_text,
-                                         verdict, whatever_the_cost)
+from .stats import (Difference, Point, at_equal_cost, curves_at_cost, holm, interval_text,
+                                         paired_difference, value_at_cost, verdict)
 from .tables import control_titles, p_text
 from .papers import budget_methods, experiment_rows, paper_values
 
@@ -60,7 +60,7 @@ def claims(
     out = {}
     for m in claimed_methods:
         if not (runs := _runs_of(rows, m)): continue
-        out[m, 'standard training'] = whatever_the_cost(runs, _runs_of(rows, standard_method()))
+        out[m, 'standard training'] = paired_difference(runs, _runs_of(rows, standard_method()))
         for control, title in control_titles.items(): out[m, title] = at_equal_cost(runs, rows, control)
     return out
 
@@ -115,7 +115,7 @@ def budget_curves(
     for two runs of a method and seed."""
     standard, out = {r['config']['seed']: r for r in _runs_of(rows, standard_method())}, {}
     for r in rows:
-        differs = [d for o in rows if (d := disagreement(o['config'], r['config'], varied=['epochs']))]
+        differs = [d for o in rows if (d := disagreement(o['config'], r['config'], may_differ=['epochs']))]
         if differs: raise ValueError(f"these runs do not make comparable curves: {differs[0]}")
     for name, runs in grouped(rows, together=('epochs',)).items():
         of = out.setdefault(name, {})
@@ -150,7 +150,7 @@ def budget_table(
     shares, table = list(shares), {}
     if against is None:
         for m, of in curves.items():
-            values = [[at_cost(points, share).value for points in of.values()] for share in shares]
+            values = [[value_at_cost(points, share).value for points in of.values()] for share in shares]
             table[m] = ['-' if None in v else interval_text(v, 100) for v in values]
         return pd.DataFrame(table, index=[f'{s:.0%}' for s in shares]).T.rename_axis('method')
     differences = budget_differences(curves, against, shares)

@@ -73,7 +73,7 @@ def results_table(
     return pd.DataFrame(table).set_index('method')
 
 # %% ../../nbs/lab/11_tables.ipynb #42161203
-control_titles = dict(random='random subset, same compute', short='fewer steps, same compute')
+control_titles = dict(random_subset='random subset, same compute', fewer_steps='fewer steps, same compute')
 
 def p_text(
     p: float, # 0 to 1; NaN: not tested
@@ -88,14 +88,14 @@ def comparison_table(
     "Differences in points, Holm-corrected p-values, what they say, and what was compared."
     ps = holm([d.p for d in differences.values()])
     def points(d): return interval_text(list(d.by_seed.values()), 100) if d.n else '-'
-    lines = [(*k, points(d), p_text(p), verdict(d, p), d.how) for (k, d), p in zip(differences.items(), ps)]
+    lines = [(*k, points(d), p_text(p), verdict(d, p), d.basis) for (k, d), p in zip(differences.items(), ps)]
     names = list(names)
     return pd.DataFrame(lines, columns=[*names, 'points', 'p (Holm)', 'verdict', 'compared with']).set_index(names)
 
 # %% ../../nbs/lab/11_tables.ipynb #3e5701b5
 def paired_differences(
     rows: list[dict], # result records of one data set
-    varied: Iterable[str]=(), # fields that the experiment varies on purpose
+    may_differ: Iterable[str]=(), # fields that the experiment varies on purpose
 ) -> dict[tuple, Difference]: # (method, control) -> difference; with preparation: 'method, with preparation'
     "Each configuration against each of its controls at equal cost."
     out = {}
@@ -104,12 +104,12 @@ def paired_differences(
         for prepared in (False, True)[:1+prepares]:
             for control in controls(runs[0]['config']['method']):
                 title = name + ', with preparation'*prepared, control_titles[control]
-                out[title] = at_equal_cost(runs, rows, control, prepared, varied)
+                out[title] = at_equal_cost(runs, rows, control, prepared, may_differ)
     return out
 
 def paired_table(
     rows: list[dict], # result records of one data set
-    varied: Iterable[str]=(), # fields that the experiment varies on purpose
+    may_differ: Iterable[str]=(), # fields that the experiment varies on purpose
 ) -> pd.DataFrame: # one row a comparison
     "Each configuration against both controls at equal cost, seed by seed."
-    return comparison_table(paired_differences(rows, varied))
+    return comparison_table(paired_differences(rows, may_differ))
