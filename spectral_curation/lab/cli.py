@@ -17,12 +17,12 @@ from .options import (Parser, add_machine_options, by_dataset, check_device, che
 
 # %% ../../nbs/lab/15_cli.ipynb #1b8b045c
 def _list_of_methods() -> str:
-    "The registered methods, a line each."
+    "The registered methods, one per line."
     width = 2 + max(map(len, methods))
     return '\n'.join(f'  {m.name:{width}}{m.title}' for m in methods.values())
 
 def _names_with(quality: str, value: str) -> str:
-    "Names of the methods whose record says so."
+    "Names of the methods whose record has this value."
     return ', '.join(m.name for m in methods.values() if getattr(m, quality) == value)
 
 # %% ../../nbs/lab/15_cli.ipynb #9d1d5586
@@ -35,7 +35,7 @@ def parser() -> Parser:
                       'The same command resumes where it stopped, also in the middle of a run.')
     _add_comparison_options(p)
     _add_training_options(p)
-    add_machine_options(p, jobs='digits on a CPU: one a core; otherwise 1')
+    add_machine_options(p, jobs='digits on a CPU: one per core; otherwise 1')
     p.add_argument('--out', type=Path, default=Path('curation'), metavar='FOLDER',
                    help='folder for results and figures (default: curation)')
     return p
@@ -77,7 +77,7 @@ def _add_training_options(p: argparse.ArgumentParser) -> None:
 
 # %% ../../nbs/lab/15_cli.ipynb #482a0a17
 def _default_jobs(configs: list[Config]) -> int:
-    "Runs at a time: one a core for digits on a CPU, of methods that other processes know; otherwise one."
+    "Runs at a time: one per core for digits on a CPU, of methods that other processes know; otherwise one."
     small = all(c.dataset == 'digits' and c.device == 'cpu' for c in configs)
     known = all(is_built_in(c.method) for c in configs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

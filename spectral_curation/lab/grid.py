@@ -67,7 +67,7 @@ def grid(
 def _run_name(c: Config) -> str: return f'{c.dataset}, {c.method}, seed {c.seed}'
 
 class Report:
-    "What `run_all` tells while it works. This one shows nothing but who waits for whom; subclass it to show more."
+    "Progress of `run_all`. This one only prints which process is waited for; subclass it to show more."
     def start(self,
         configs: list[Config], # the runs to do, complete
     ) -> None: "The runs are about to begin."
@@ -124,7 +124,7 @@ def run_once(
             record = run_config(c, progress, artefacts=place.with_suffix('.npz'), checkpoint=checkpoint)
             append_record(file, record)
         checkpoint.unlink(missing_ok=True)
-    with suppress(OSError): Path(f'{place}.lock').unlink()      # whoever still waits for it finds the record
+    with suppress(OSError): Path(f'{place}.lock').unlink()      # processes that still wait for it find the record
     return record
 
 # %% ../../nbs/lab/08_grid.ipynb #c4941760
@@ -145,8 +145,8 @@ def _stop_with_parent() -> None:
     os._exit(1)
 
 def _start_process(threads: int) -> None:
-    """What a process of runs does first. It ends with the one that started it, however that ended: `kill -9` leaves no
-    run behind that nobody waits for. Ctrl-c is the starter's to handle."""
+    """First steps of a worker process. It ends with the process that started it, however that ended: `kill -9` leaves
+    no orphaned run. Ctrl-c is handled by the starting process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -186,7 +186,7 @@ def _check_jobs(jobs: int, configs: list[Config]) -> None:
 def run_all(
     configs: Iterable[Config], # what to run
     out: Union[str, Path]='curation', # folder for results.jsonl and the runs' artefacts
-    progress: Union[bool, Report]=True, # a progress bar, nothing, or what is told how it goes
+    progress: Union[bool, Report]=True, # show a progress bar, show nothing, or report to a `Report` of your own
     jobs: int=1, # runs at a time, each in a process with its share of the CPU's cores; 1 for a method of your own
 ) -> list[dict]: # their result records, in the order of `configs`
     """Run what `out/results.jsonl` does not hold yet, and add a record as each run ends. Killed at any point, it

@@ -54,7 +54,7 @@ def _time_text(runs: list[dict], target: float) -> str:
 def results_table(
     rows: list[dict], # result records of one data set, any number of seeds of each method
     target: Optional[float]=None, # validation accuracy for time to accuracy, 0 to 1; None: `default_target`
-) -> pd.DataFrame: # one row a configuration, in the order of first appearance
+) -> pd.DataFrame: # one row per configuration, in the order of first appearance
     """Mean and 95% interval of the test accuracy; samples, cost and seconds of one run; measured speed-up (median over
     seeds) and theoretical speed-up; time to accuracy (mean, and how many seeds got there). Raises `ValueError` for
     records of several data sets."""
@@ -84,8 +84,8 @@ def p_text(
 def comparison_table(
     differences: dict[tuple, Difference], # (method, what it is compared with) -> difference
     names: Iterable[str]=('method', 'against'), # of the index
-) -> pd.DataFrame: # one row a comparison
-    "Differences in points, Holm-corrected p-values, what they say, and what was compared."
+) -> pd.DataFrame: # one row per comparison
+    "Differences in points, Holm-corrected p-values, verdicts, and what was compared."
     ps = holm([d.p for d in differences.values()])
     def points(d): return interval_text(list(d.by_seed.values()), 100) if d.n else '-'
     lines = [(*k, points(d), p_text(p), verdict(d, p), d.basis) for (k, d), p in zip(differences.items(), ps)]
@@ -110,6 +110,6 @@ def paired_differences(
 def paired_table(
     rows: list[dict], # result records of one data set
     may_differ: Iterable[str]=(), # fields that the experiment varies on purpose
-) -> pd.DataFrame: # one row a comparison
+) -> pd.DataFrame: # one row per comparison
     "Each configuration against both controls at equal cost, seed by seed."
     return comparison_table(paired_differences(rows, may_differ))
