@@ -10,7 +10,8 @@ from spectral_curation.lab.comparable import disagreement, grouped
 from spectral_curation.lab.config import forms
 from spectral_curation.lab.grid import grid
 from spectral_curation.lab.methods import controls, cost_share, methods
-from spectral_curation.lab.stats import Difference, Point, at_equal_cost, holm, mean_interval, value_at_cost, verdict
+from spectral_curation.lab.stats import (Difference, Point, at_equal_cost, holm, interval_text, mean_interval,
+                                         paired_difference, value_at_cost, verdict)
 from spectral_curation.lab.tables import comparison_table, paired_differences, paired_table, results_table
 
 base = dict(dataset='d', epochs=2, bs=128, size=32, lr=.01, n_train=None, n_valid=500, n_test=2000, arch='resnet18',
@@ -117,11 +118,11 @@ def test_between_two_runs_the_line_is_over_the_logarithm():
 
 def test_nothing_beyond_the_most_expensive_or_below_the_cheapest():
     rows = [record('random', cost=30, accuracy=.4), record('standard', cost=150, ratio=0., accuracy=.5)]
-    d = at_equal_cost([record(prepared=170)], rows, 'random_subset', prepared=True)
+    d = at_equal_cost([record(prepared=170)], rows, 'random_subset', with_preparation=True)
     assert d.n == 0 and d.basis == 'not comparable: the most expensive, standard, costs 75% of it'
     d = at_equal_cost([record(cost=10)], rows, 'random_subset')
     assert d.n == 0 and d.basis == 'not comparable: the cheapest, random, 0.8, costs 3.0 times as much'
-    assert points(at_equal_cost([record(prepared=120)], rows, 'random_subset', prepared=True)) == [0]
+    assert points(at_equal_cost([record(prepared=120)], rows, 'random_subset', with_preparation=True)) == [0]
 
 
 def test_fewer_steps_have_the_size_of_the_method():
@@ -218,6 +219,13 @@ def test_verdicts():
     with warnings.catch_warnings():
         warnings.simplefilter('error')      # equal differences are no error
         assert verdict(of(.1, .1)) == 'not tested' and verdict(of(0., 0.)) == 'n.s.'
+
+
+def test_nothing_to_compare():
+    assert interval_text([.5]) == '0.50' and len(holm([])) == 0
+    assert np.isnan(holm([.01, np.nan])[1]) and holm([np.nan, .01])[1] == pytest.approx(.01)
+    assert value_at_cost([], 100) == (None, 100, 'not run')
+    assert paired_difference([record()], []).basis == 'not run'
 
 
 def test_the_paired_table_says_what_it_compared():

@@ -45,8 +45,8 @@ def _add_comparison_options(p: argparse.ArgumentParser) -> None:
     o('--dataset', type=names_from(dataset_defaults), default=['digits'], metavar='A,B',
       help=f"data sets, from {', '.join(dataset_defaults)} (default: digits, which needs no download)")
     o('--methods', type=names_from(methods, everything=True), default=list(default_methods), metavar='A,B',
-      help=f"methods to compare, from those below, or all (default: {','.join(default_methods)}). The controls random "
-           'and standard_short also run at the cost of the other methods where that differs')
+      help=f"methods to compare, from those below, or all (default: {','.join(default_methods)}). Controls "
+           'that are among them also run at the cost of the other methods where that differs')
     o('--filter_ratio', type=filter_ratios, default=[.8], metavar='R',
       help='share of the samples that is removed, 0 <= R < 1, or several, separated by commas (default: 0.8; '
            f"{_names_with('scheduled', True)}: its schedule, {Config.schedule})")

@@ -164,7 +164,7 @@ register(Method('grand', _make_static, 'GraNd: largest gradient early in trainin
 register(Method('forgetting', _make_static, 'forgetting: forgotten most often',
                 looks_at='scores', source='1812.05159', needs='forgetting', **_once))
 
-# %% ../../nbs/lab/02_methods.ipynb #bd31222d
+# %% ../../nbs/lab/02_methods.ipynb #a44b60c4
 _built_in = dict(methods)
 default_methods = 'standard', 'saln', 'random', 'standard_short'
 

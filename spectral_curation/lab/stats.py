@@ -181,7 +181,7 @@ def at_equal_cost(
     runs: list[dict], # result records of one method, which differ in their seeds alone
     rows: list[dict], # result records among which its controls are
     control: str, # random_subset or fewer_steps
-    prepared: bool=False, # include the cost of preparation
+    with_preparation: bool=False, # include the cost of preparation
     may_differ: Iterable[str]=(), # fields that the experiment varies on purpose
     value: Callable=_test_accuracy, # of a result record: what is compared
 ) -> Difference:
@@ -192,7 +192,7 @@ def at_equal_cost(
         if control not in (known := controls(m)):
             raise ValueError(f"control must be one that {m} has ({', '.join(known) or 'none'}); got {control!r}")
     for s, r in by_seed.items():
-        cost = r['cost'] + prepared*r['preparation_cost']
+        cost = r['cost'] + with_preparation*r['preparation_cost']
         reached[s] = _control_value(r, rows, control, cost, may_differ, value)
     return _difference_of_seeds({s: value(r) for s, r in by_seed.items()}, reached)
 

@@ -101,10 +101,10 @@ def paired_differences(
     out = {}
     for name, runs in grouped(rows).items():
         prepares = any(r['preparation_cost'] for r in runs)
-        for prepared in (False, True)[:1+prepares]:
+        for with_preparation in (False, True)[:1+prepares]:
             for control in controls(runs[0]['config']['method']):
-                title = name + ', with preparation'*prepared, control_titles[control]
-                out[title] = at_equal_cost(runs, rows, control, prepared, may_differ)
+                title = name + ', with preparation'*with_preparation, control_titles[control]
+                out[title] = at_equal_cost(runs, rows, control, with_preparation, may_differ)
     return out
 
 def paired_table(
