@@ -141,7 +141,7 @@ def test_a_method_that_is_registered_is_an_option(fresh):
     out = fresh("""import contextlib, io, json
 from spectral_curation.lab.methods import Method, register
 from spectral_curation.lab.cli import parser
-register(Method('mine', None, 'a method of mine', looks_at='nothing', chosen='batch'))
+register(Method('mine', None, 'a method of mine', looks_at='nothing', chooses='batch'))
 p = parser()
 print(json.dumps(dict(help=p.format_help(), methods=p.parse_args(['--methods', 'mine']).methods)))""")
     assert re.search(r'^  mine\s+a method of mine$', out['help'], re.M) and out['methods'] == ['mine']

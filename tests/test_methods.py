@@ -1,4 +1,4 @@
-"One record a method: what is read from it, the keys that must not change, and a method that is added by one record."
+"One record per method: what follows from it, the keys that must not change, and a method added by one record."
 import hashlib
 import json
 import subprocess
@@ -11,15 +11,17 @@ import torch
 import torchvision
 from torch import nn
 
-from spectral_curation.lab.cli import parser
+from spectral_curation.lab.cli import _default_jobs, curate, parser
+from spectral_curation.lab.comparable import mean_step
 from spectral_curation.lab.compare import compare
 from spectral_curation.lab.config import Config, forms, method_options
-from spectral_curation.lab.grid import control_runs, grid
-from spectral_curation.lab.methods import Method, controls, cost_share, methods, register, step_size
+from spectral_curation.lab.grid import control_runs, grid, run_all
+from spectral_curation.lab.methods import Method, controls, cost_share, methods, register, samples_per_step
 from spectral_curation.lab.methods import theoretical_speedup
 from spectral_curation.lab.papers import experiment_configs
 from spectral_curation.lab.results import read_records
 from spectral_curation.lab.tables import control_titles
+from spectral_curation.train.plan import plan_candidates
 from spectral_curation.train.selector import BatchSelector
 
 results = Path(__file__).parent.parent/'nbs/experiments/results'
@@ -82,7 +84,7 @@ def test_keys_of_all_methods(dataset):
 def test_records_are_complete():
     for m in methods.values():
         assert m.looks_at in ('nothing', 'features', 'losses', 'history of losses', 'scores'), m
-        assert m.chosen in ('batch', 'epoch', 'once', 'never'), m
+        assert m.chooses in ('batch', 'epoch', 'once', 'never'), m
         assert m.needs in ('', 'features', 'held_out', 'el2n', 'grand', 'forgetting'), m
         assert set(m.options) <= set(method_options), m
         assert set(m.forms) <= set(forms), m
@@ -93,7 +95,7 @@ def test_records_are_complete():
 def test_theoretical_speedup(name):
     "1/q, or 3/(scoring + 3q)."
     m, q = methods[name], .2
-    if m.chosen == 'never': expected = 1.
+    if m.chooses == 'never': expected = 1.
     elif m.data_dependent: expected = None
     else: expected = 3/(m.scoring + 3*q)
     assert theoretical_speedup(name, 1-q) == (expected and pytest.approx(expected))
@@ -104,13 +106,29 @@ def test_theoretical_speedup(name):
 def test_controls_cost_the_same_and_take_steps_of_the_same_size(name, form):
     "In every form: with super-batches JEST's steps hold as many samples as the loader's batches, as do its control's."
     c = Config(method=name, form=form, device='cpu')
-    if methods[name].scheduled or methods[name].data_dependent: return      # known after the run only
-    steps = step_size(name, c.bs, c.filter_ratio, form, c.step)
+    if methods[name].scheduled or methods[name].data_dependent: return      # known only after the run
+    steps = samples_per_step(name, c.bs, c.filter_ratio, form, c.step)
     for r in control_runs(c):
         assert cost_share(r.method, r.filter_ratio) == pytest.approx(cost_share(name, c.filter_ratio), abs=1e-3)
-        if r.method == 'standard_short': assert step_size(r.method, r.bs, r.filter_ratio, r.form, r.step) == steps
+        if r.method == 'standard_short': assert samples_per_step(r.method, r.bs, r.filter_ratio, r.form, r.step) == steps
     in_grid = {g.key for g in grid([name, *controls(name).values()], 1, [c.filter_ratio], form=form, device='cpu')}
     assert {r.key for r in control_runs(c)} <= in_grid
+
+
+@pytest.mark.parametrize('bs', range(2, 12))
+@pytest.mark.parametrize('name', [m.name for m in methods.values() if m.chooses != 'never' and not m.full_steps])
+def test_steps_hold_as_many_samples_as_training_takes(name, bs):
+    "Small batches, too: training takes at least two samples, and the control takes steps of that size."
+    ratios = .5, .8, .99
+    taken = [plan_candidates(range(bs), bs, r).steps[0].n_kept for r in ratios]
+    assert min(taken) == 2
+    config = dict(method=name, bs=bs, form='in_batch', schedule='0.99', step=None)
+    assert [mean_step(config | dict(filter_ratio=r, schedule=str(r))) for r in ratios] == taken
+    if methods[name].scheduled: return
+    assert [samples_per_step(name, bs, r) for r in ratios] == taken
+    for r, step in zip(ratios, taken):
+        for c in control_runs(Config(method=name, bs=bs, filter_ratio=r, form='in_batch', device='cpu')):
+            if c.method == 'standard_short': assert mean_step(c.identity()) == step
 
 
 @pytest.mark.parametrize('name', ['n_train', 'n_valid', 'n_test', 'epochs', 'reference_epochs'])
@@ -127,7 +145,7 @@ class EveryOther(BatchSelector):
 @pytest.fixture
 def every_other():
     m = register(Method('every_other', lambda config, prepared: EveryOther(config.filter_ratio, seed=config.seed),
-                        'samples at even spacing', looks_at='nothing', chosen='batch', scoring=.3))
+                        'samples at even spacing', looks_at='nothing', chooses='batch', scoring=.3))
     yield m.name
     del methods[m.name]
 
@@ -152,7 +170,23 @@ def tiny(weights=None):
                          nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
 
 
+def test_other_processes_do_not_know_a_method_of_your_own(every_other, tmp_path, capsys):
+    "Refused before anything runs, also if the method has another one's selector; the default is one job."
+    copied = register(replace(methods['random'], name='copied'))
+    try:
+        for name in (every_other, copied.name):
+            configs = grid(['standard', name], 1, device='cpu')
+            with pytest.raises(ValueError, match=f'{name}: .*--jobs 1.*got 2'):
+                run_all(configs, tmp_path/'run', False, jobs=2)
+            args = ['--methods', f'standard,{name}', '--device', 'cpu', '--out', str(tmp_path/'out')]
+            with pytest.raises(SystemExit, match='2'): curate([*args, '--jobs', '2'])
+            assert f'{name}: registered in this process' in capsys.readouterr().err
+            assert _default_jobs(configs) == 1
+    finally: del methods[copied.name]
+    assert not (tmp_path/'run').exists() and not (tmp_path/'out/results.jsonl').exists()
+
+
 def test_a_name_is_taken_once(every_other):
     with pytest.raises(ValueError, match='already'): register(methods[every_other])
     with pytest.raises(ValueError, match="'rondom' of 'mine' is not registered"):
-        register(replace(methods[every_other], name='mine', random_control='rondom'))
+        register(replace(methods[every_other], name='mine', random_subset_control='rondom'))

@@ -37,7 +37,7 @@ def test_a_readme_that_is_out_of_date_is_found(tmp_path):
     assert check(text).returncode == 0
     assert 'README.md' in check(text.replace('SALN: the ends', 'SALN: the end')).stderr
     methods = clone/'spectral_curation/lab/methods.py'
-    mine = "\nregister(Method('mine', None, 'a method of mine', looks_at='nothing', chosen='batch'))\n"
+    mine = "\nregister(Method('mine', None, 'a method of mine', looks_at='nothing', chooses='batch'))\n"
     methods.write_text(methods.read_text() + mine)
     assert 'saved outputs' in check(text).stderr
 

@@ -10,7 +10,8 @@ from spectral_curation.lab.comparable import disagreement, grouped
 from spectral_curation.lab.config import forms
 from spectral_curation.lab.grid import grid
 from spectral_curation.lab.methods import controls, cost_share, methods
-from spectral_curation.lab.stats import Difference, Point, at_cost, at_equal_cost, holm, mean_interval, verdict
+from spectral_curation.lab.stats import (Difference, Point, at_equal_cost, holm, interval_text, mean_interval,
+                                         paired_difference, value_at_cost, verdict)
 from spectral_curation.lab.tables import comparison_table, paired_differences, paired_table, results_table
 
 base = dict(dataset='d', epochs=2, bs=128, size=32, lr=.01, n_train=None, n_valid=500, n_test=2000, arch='resnet18',
@@ -34,16 +35,16 @@ def points(d): return [round(100*x, 6) for x in d.by_seed.values()]
 @pytest.mark.parametrize('field', other_values)
 def test_only_runs_that_agree_are_compared(field):
     method, control = record(), record('random', accuracy=.4)
-    assert points(at_equal_cost([method], [control], 'random')) == [10]
+    assert points(at_equal_cost([method], [control], 'random_subset')) == [10]
     control['config'][field] = other_values[field]
-    d = at_equal_cost([method], [control], 'random')
-    assert d.n == 0 and np.isnan(d.mean) and d.how == f'not comparable: {field} {base[field]} and {other_values[field]}'
-    assert points(at_equal_cost([method], [control], 'random', varied=[field])) == [10]
+    d = at_equal_cost([method], [control], 'random_subset')
+    assert d.n == 0 and np.isnan(d.mean) and d.basis == f'not comparable: {field} {base[field]} and {other_values[field]}'
+    assert points(at_equal_cost([method], [control], 'random_subset', may_differ=[field])) == [10]
 
 
 @pytest.mark.parametrize('field', own_values)
 def test_what_belongs_to_the_method_may_differ(field):
-    d = at_equal_cost([record(**{field: own_values[field]})], [record('random', accuracy=.4)], 'random')
+    d = at_equal_cost([record(**{field: own_values[field]})], [record('random', accuracy=.4)], 'random_subset')
     assert points(d) == [10]
 
 
@@ -73,8 +74,8 @@ def test_a_field_that_old_records_lack_had_its_default():
 def test_cost_ties_favour_nobody():
     controls_ = [record('random', accuracy=a, cost=30, form=f) for a, f in ((.4, 'in_batch'), (.8, 'before_decode'))]
     for rows in (controls_, controls_[::-1]):
-        d = at_equal_cost([record(accuracy=.5)], rows, 'random')
-        assert points(d) == [-10] and d.how == 'mean of 2 runs of random, 0.8, same cost'
+        d = at_equal_cost([record(accuracy=.5)], rows, 'random_subset')
+        assert points(d) == [-10] and d.basis == 'mean of 2 runs of random, 0.8, same cost'
 
 
 @pytest.mark.parametrize('cost, value', [
@@ -82,50 +83,88 @@ def test_cost_ties_favour_nobody():
     (105.01, None), (94.99, None),      # a single point is no line
 ])
 def test_the_same_cost_is_within_five_percent(cost, value):
-    assert at_cost([Point(cost, .7)], 100).value == value
+    assert value_at_cost([Point(cost, .7)], 100).value == value
+
+
+@pytest.mark.parametrize('gap', [.1, -.1, 1e-6])
+@pytest.mark.parametrize('n', [2, 5])
+def test_identical_differences_are_not_tested(gap, n):
+    "Without any spread there is no t statistic: two equal gaps are no proof of a difference."
+    control = {s: .5 + s/100 for s in range(n)}
+    d = Difference({s: v + gap for s, v in control.items()}, control, '')
+    assert np.isnan(d.p) and verdict(d) == 'not tested'
+    assert verdict(d, holm([d.p, .01])[0]) == 'not tested'
+    same = Difference(control, control, '')
+    assert same.p == 1 and verdict(same) == 'n.s.'
+
+
+def test_a_table_says_what_was_not_tested():
+    rows = [record(m, s, .5 + s/100 + .1*(m == 'saln')) for s in range(2) for m in ('saln', 'random')]
+    row = paired_table(rows).loc[('saln', 'random subset, same compute')]
+    assert row['verdict'] == 'not tested' and '<' not in str(row['p (Holm)'])
 
 
 def test_two_runs_that_are_both_too_far_do_not_make_one_that_is_near():
-    assert at_cost([Point(94, .5, 'a'), Point(100/.94, .7, 'b')], 100).how == 'interpolated between a and b'
-    assert at_cost([Point(95, .5, 'a'), Point(100/.95, .7, 'b')], 100).how == 'a, cost -5%'      # 5.3% is out
+    assert value_at_cost([Point(94, .5, 'a'), Point(100/.94, .7, 'b')], 100).basis == 'interpolated between a and b'
+    assert value_at_cost([Point(95, .5, 'a'), Point(100/.95, .7, 'b')], 100).basis == 'a, cost -5%'      # 5.3% is out
 
 
 def test_between_two_runs_the_line_is_over_the_logarithm():
     ends = [Point(30, .5, 'a'), Point(480, .9, 'b')]
-    assert at_cost(ends, 120).value == pytest.approx(.7)                # 30, 120, 480: half of the way
-    assert at_cost(ends[::-1], 60).value == pytest.approx(.6)           # a quarter
-    assert at_cost(ends, 120).how == 'interpolated between a and b'
+    assert value_at_cost(ends, 120).value == pytest.approx(.7)                # 30, 120, 480: half of the way
+    assert value_at_cost(ends[::-1], 60).value == pytest.approx(.6)           # a quarter
+    assert value_at_cost(ends, 120).basis == 'interpolated between a and b'
 
 
-def test_nothing_beyond_the_dearest_or_below_the_cheapest():
+def test_nothing_beyond_the_most_expensive_or_below_the_cheapest():
     rows = [record('random', cost=30, accuracy=.4), record('standard', cost=150, ratio=0., accuracy=.5)]
-    d = at_equal_cost([record(prepared=170)], rows, 'random', prepared=True)
-    assert d.n == 0 and d.how == 'not comparable: the dearest, standard, costs 75% of it'
-    d = at_equal_cost([record(cost=10)], rows, 'random')
-    assert d.n == 0 and d.how == 'not comparable: the cheapest, random, 0.8, costs 3.0 times as much'
-    assert points(at_equal_cost([record(prepared=120)], rows, 'random', prepared=True)) == [0]
+    d = at_equal_cost([record(prepared=170)], rows, 'random_subset', with_preparation=True)
+    assert d.n == 0 and d.basis == 'not comparable: the most expensive, standard, costs 75% of it'
+    d = at_equal_cost([record(cost=10)], rows, 'random_subset')
+    assert d.n == 0 and d.basis == 'not comparable: the cheapest, random, 0.8, costs 3.0 times as much'
+    assert points(at_equal_cost([record(prepared=120)], rows, 'random_subset', with_preparation=True)) == [0]
 
 
 def test_fewer_steps_have_the_size_of_the_method():
     jest = record('jest', cost=80)
     def short(step, cost=80): return record('standard_short', cost=cost, ratio=.4667, step=step, accuracy=.4)
-    assert points(at_equal_cost([jest], [short(25)], 'short')) == [10]
-    assert at_equal_cost([jest], [short(128)], 'short').how == 'standard_short in steps of 25 was not run'
+    assert points(at_equal_cost([jest], [short(25)], 'fewer_steps')) == [10]
+    assert at_equal_cost([jest], [short(128)], 'fewer_steps').basis == 'standard_short in steps of 25 was not run'
     # the whole of the training has steps of 128: it is not the end of a line of steps of 25
     whole = record('standard', cost=150, ratio=0., accuracy=.9)
-    assert at_equal_cost([jest], [short(25, 30), whole], 'short').n == 0
+    assert at_equal_cost([jest], [short(25, 30), whole], 'fewer_steps').n == 0
     wide = record('jest', cost=80, form='super_batch')
-    assert at_equal_cost([wide], [short(128, 30), whole], 'short').how.startswith('interpolated between standard_short')
-    assert points(at_equal_cost([wide], [short(128)], 'short')) == [10]
-    assert at_equal_cost([wide], [short(25)], 'short').n == 0
+    assert at_equal_cost([wide], [short(128, 30), whole], 'fewer_steps').basis.startswith('interpolated between standard_short')
+    assert points(at_equal_cost([wide], [short(128)], 'fewer_steps')) == [10]
+    assert at_equal_cost([wide], [short(25)], 'fewer_steps').n == 0
+
+
+def test_a_control_that_agrees_is_used_where_another_does_not():
+    both = [record('random', lr=.03, accuracy=.9), record('random', accuracy=.4)]
+    assert points(at_equal_cost([record()], both, 'random_subset')) == [10]
+
+
+def test_the_basis_names_the_control_that_was_not_run():
+    standard = record('standard', cost=150, ratio=0.)
+    for rows in ([], [standard]):
+        assert at_equal_cost([record()], rows, 'random_subset').basis == 'random was not run'
+    assert at_equal_cost([record()], [record('standard_short', step=64)], 'fewer_steps').basis == (
+        'standard_short in steps of 25 was not run')
+
+
+def test_runs_that_are_not_seeds_of_one_configuration_are_refused():
+    mixed = [record(), record(seed=1, lr=.03)]
+    with pytest.raises(ValueError, match='saln, lr 0.01; saln, lr 0.03'): at_equal_cost(mixed, [], 'random_subset')
+    with pytest.raises(ValueError, match=r"that random has \(fewer_steps\); got 'random_subset'"):
+        at_equal_cost([record('random')], [], 'random_subset')
 
 
 def test_super_batches_meet_super_batches():
     wide, narrow = (record('random', form=f, accuracy=.4) for f in ('super_batch', 'in_batch'))
-    assert points(at_equal_cost([record(form='super_batch')], [wide], 'random')) == [10]
+    assert points(at_equal_cost([record(form='super_batch')], [wide], 'random_subset')) == [10]
     why = 'not comparable: steps of the kept samples and super-batches'
-    assert at_equal_cost([record()], [wide], 'random').how == why
-    assert points(at_equal_cost([record(form='before_decode')], [narrow], 'random')) == [10]    # the same samples
+    assert at_equal_cost([record()], [wide], 'random_subset').basis == why
+    assert points(at_equal_cost([record(form='before_decode')], [narrow], 'random_subset')) == [10]    # the same samples
 
 
 @pytest.mark.parametrize('form', forms)
@@ -142,7 +181,7 @@ def test_the_grid_runs_controls_that_can_be_used(method, form):
     runs = next(iter(grouped(own).values()))
     for control, name in controls(method).items():
         d = at_equal_cost(runs, rows, control)
-        assert d.n == 1 and d.how.startswith(name) and d.how.endswith('same cost'), d.how
+        assert d.n == 1 and d.basis.startswith(name) and d.basis.endswith('same cost'), d.basis
 
 
 def test_holm_by_hand_and_from_its_definition():
@@ -179,7 +218,14 @@ def test_verdicts():
         'better', 'worse', 'n.s.', 'one seed', '']
     with warnings.catch_warnings():
         warnings.simplefilter('error')      # equal differences are no error
-        assert verdict(of(.1, .1)) == 'better' and verdict(of(0., 0.)) == 'n.s.'
+        assert verdict(of(.1, .1)) == 'not tested' and verdict(of(0., 0.)) == 'n.s.'
+
+
+def test_nothing_to_compare():
+    assert interval_text([.5]) == '0.50' and len(holm([])) == 0
+    assert np.isnan(holm([.01, np.nan])[1]) and holm([np.nan, .01])[1] == pytest.approx(.01)
+    assert value_at_cost([], 100) == (None, 100, 'not run')
+    assert paired_difference([record()], []).basis == 'not run'
 
 
 def test_the_paired_table_says_what_it_compared():

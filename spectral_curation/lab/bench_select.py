@@ -169,7 +169,7 @@ def bench_scale(
     image: int=224, # side of the images of the ResNet-18 epoch it is compared with
     progress: bool=True, # show a progress bar
 ) -> list[dict]:
-    """An epoch's selections from memory-mapped features: seconds a sample, peak memory of the process, and the share
+    """An epoch's selections from memory-mapped features: seconds per sample, peak memory of the process, and the share
     of a ResNet-18 training epoch. Raises `RuntimeError` where the process that selects ends without an answer."""
     train, rows = train_seconds(image, rounds), []
     for n in sizes:

@@ -111,7 +111,7 @@ def bench_epoch(
     filter_ratio: float=.8, # share removed
     ratios: tuple[float, ...]=(.5, .9), # further filter ratios, for SALN before decode with super-batches
     cached: bool=True, # also with data that were decoded once and lie on the device
-    only: Optional[list[str]]=None, # these cases beside standard training; None: all
+    only: Optional[list[str]]=None, # these cases in addition to standard training; None: all
     weights=None, # initial weights of the learner
     rounds: int=3, # epochs of each
     progress: bool=True, # show a progress bar
@@ -164,7 +164,7 @@ def _cached_selectors(features, filter_ratio: float) -> dict[str, Optional[Selec
             'jest, cached, super-batch': _jest(features, filter_ratio, super_batch=True)}
 
 def _epoch_rows(seconds: dict, selectors: dict, n: int, bs: int, size: int) -> list[dict]:
-    "The table of an epoch: what was measured beside what the cost accounts allow."
+    "The table of an epoch: the measured speed-up and the theoretical one."
     chosen = {name: s for name, s in selectors.items() if s is not None}
     rows = comparison(seconds, 'standard',
                       images_per_second={name: n/float(np.median(s)) for name, s in seconds.items()},

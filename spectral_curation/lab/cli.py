@@ -10,21 +10,19 @@ import argparse, os, sys, time
 from pathlib import Path
 from typing import Optional
 
-from .methods import method_named, methods
+from .methods import default_methods, is_built_in, method_named, methods
 from .config import Config, dataset_defaults, forms
 from .options import (Parser, add_machine_options, by_dataset, check_device, check_files,
                                            filter_ratios, names_from, number)
 
 # %% ../../nbs/lab/15_cli.ipynb #1b8b045c
-_default_methods = 'standard', 'saln', 'random', 'standard_short'
-
 def _list_of_methods() -> str:
-    "The registered methods, a line each."
+    "The registered methods, one per line."
     width = 2 + max(map(len, methods))
     return '\n'.join(f'  {m.name:{width}}{m.title}' for m in methods.values())
 
 def _names_with(quality: str, value: str) -> str:
-    "Names of the methods whose record says so."
+    "Names of the methods whose record has this value."
     return ', '.join(m.name for m in methods.values() if getattr(m, quality) == value)
 
 # %% ../../nbs/lab/15_cli.ipynb #9d1d5586
@@ -37,7 +35,7 @@ def parser() -> Parser:
                       'The same command resumes where it stopped, also in the middle of a run.')
     _add_comparison_options(p)
     _add_training_options(p)
-    add_machine_options(p, jobs='digits on a CPU: one a core; otherwise 1')
+    add_machine_options(p, jobs='digits on a CPU: one per core; otherwise 1')
     p.add_argument('--out', type=Path, default=Path('curation'), metavar='FOLDER',
                    help='folder for results and figures (default: curation)')
     return p
@@ -46,9 +44,9 @@ def _add_comparison_options(p: argparse.ArgumentParser) -> None:
     o = p.add_argument
     o('--dataset', type=names_from(dataset_defaults), default=['digits'], metavar='A,B',
       help=f"data sets, from {', '.join(dataset_defaults)} (default: digits, which needs no download)")
-    o('--methods', type=names_from(methods, everything=True), default=list(_default_methods), metavar='A,B',
-      help=f"methods to compare, from those below, or all (default: {','.join(_default_methods)}). The controls random "
-           'and standard_short also run at the cost of the other methods where that differs')
+    o('--methods', type=names_from(methods, everything=True), default=list(default_methods), metavar='A,B',
+      help=f"methods to compare, from those below, or all (default: {','.join(default_methods)}). Controls "
+           'that are among them also run at the cost of the other methods where that differs')
     o('--filter_ratio', type=filter_ratios, default=[.8], metavar='R',
       help='share of the samples that is removed, 0 <= R < 1, or several, separated by commas (default: 0.8; '
            f"{_names_with('scheduled', True)}: its schedule, {Config.schedule})")
@@ -79,11 +77,11 @@ def _add_training_options(p: argparse.ArgumentParser) -> None:
 
 # %% ../../nbs/lab/15_cli.ipynb #482a0a17
 def _default_jobs(configs: list[Config]) -> int:
-    "Runs at a time: one a core for digits on a CPU, of methods that other processes know; otherwise one."
+    "Runs at a time: one per core for digits on a CPU, of methods that other processes know; otherwise one."
     small = all(c.dataset == 'digits' and c.device == 'cpu' for c in configs)
-    own = all(method_named(c.method).make.__module__.startswith('spectral_curation.') for c in configs)
+    known = all(is_built_in(c.method) for c in configs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(cores, 8, len(configs)) if small and own else 1
+    return min(cores, 8, len(configs)) if small and known else 1
 
 def _print_table(table, width: int=120) -> None:
     "Print as many columns side by side as fit into a line, then the next ones."

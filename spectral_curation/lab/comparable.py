@@ -8,8 +8,8 @@ __all__ = ['field', 'mean_step', 'disagreement', 'grouped', 'run_name']
 # %% ../../nbs/lab/09_comparable.ipynb #e916874c
 from typing import Iterable, Optional
 
-from ..select.ratio import n_keep
-from .methods import method_named, step_size
+from ..train.plan import step_size
+from .methods import method_named, samples_per_step
 from .config import Config, mean_ratio, method_options
 
 # %% ../../nbs/lab/09_comparable.ipynb #a353e907
@@ -28,7 +28,8 @@ def mean_step(
     "The size of a run's steps."
     m = method_named(config['method'])
     ratio = mean_ratio(field(config, 'schedule')) if m.scheduled else config['filter_ratio']
-    return step_size(m.name, config['bs'], ratio, field(config, 'form'), config['step']) or n_keep(config['bs'], ratio)
+    size = samples_per_step(m.name, config['bs'], ratio, field(config, 'form'), config['step'])
+    return size or step_size(config['bs'], ratio, config['bs'])
 
 def _is_wide(config: dict) -> Optional[bool]:
     "Whether a method that has a choice of it uses super-batches; None for methods without that choice."
@@ -37,13 +38,13 @@ def _is_wide(config: dict) -> Optional[bool]:
 def disagreement(
     a: dict, # configuration of a run
     b: dict, # of another
-    varied: Iterable[str]=(), # fields that the experiment varies on purpose
+    may_differ: Iterable[str]=(), # fields that the experiment varies on purpose
 ) -> str: # 'lr 0.01 and 0.03'; empty where the two are comparable
     "The fields, apart from the method's own and the seed, in which two runs differ."
-    fields = sorted((set(a) | set(b)) - _free - set(varied))
+    fields = sorted((set(a) | set(b)) - _free - set(may_differ))
     out = [f'{k} {field(a, k)} and {field(b, k)}' for k in fields if field(a, k) != field(b, k)]
     wide = _is_wide(a), _is_wide(b)
-    if 'form' not in varied and None not in wide and wide[0] != wide[1]:
+    if 'form' not in may_differ and None not in wide and wide[0] != wide[1]:
         out.append(' and '.join(('steps of the kept samples', 'super-batches')[w] for w in wide))
     return ', '.join(out)
 

@@ -46,7 +46,7 @@ def _some_for_testing(test, n_test: Optional[int], seed: int) -> np.ndarray:
 class _Images(NamedTuple):
     "A data set before its images are read."
     name: str
-    items: list         # one an image
+    items: list         # one per image
     splits: list        # positions in `items` for training, validation and test
     read: Callable      # item -> image
     label: Callable     # item -> a member of `vocab`
@@ -138,7 +138,7 @@ def cifar10_dls(
     n_test: Optional[int]=None, # use only so many test images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the split
-    num_workers: Optional[int]=None, # processes that read images; None: one a core
+    num_workers: Optional[int]=None, # processes that read images; None: one per core
     device=None, # None: fastai's default
     imbalance: Optional[float]=None, # training images left of the last class as a share of the first one's; None: all
 ) -> DataLoaders: # train 45,000, valid 5,000, test 10,000
@@ -173,7 +173,7 @@ def flowers_dls(
     n_test: Optional[int]=None, # use only so many test images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the choice of n_train images; the splits are the data set's own
-    num_workers: Optional[int]=None, # processes that read images; None: one a core
+    num_workers: Optional[int]=None, # processes that read images; None: one per core
     device=None, # None: fastai's default
 ) -> DataLoaders: # train 1,020, valid 1,020, test 6,149
     """Oxford-Flowers-102 with its official splits. Raises `FileNotFoundError` where the files are missing, `ValueError`
@@ -215,7 +215,7 @@ def pets_dls(
     n_test: Optional[int]=None, # use only so many test images; None: all
     augment: bool=True, # the paper's augmentation on training images
     split_seed: int=0, # of the split into training and validation
-    num_workers: Optional[int]=None, # processes that read images; None: one a core
+    num_workers: Optional[int]=None, # processes that read images; None: one per core
     device=None, # None: fastai's default
 ) -> DataLoaders: # train 3,312, valid 368, test 3,669
     """Oxford-IIIT Pet, 37 breeds; a tenth of its trainval set is for validation (our interpretation), its test set is

@@ -16,9 +16,8 @@ from typing import Iterable, Iterator, Optional, Union
 
 import torch
 
-from ..select.ratio import n_keep
 from ..features.progress import Progress, bar_is_open, clock
-from .methods import control_ratio, controls, method_named, step_size
+from .methods import control_ratio, controls, is_built_in, method_named, samples_per_step
 from .config import Config, mean_ratio
 from .prepare import preparation_of, prepare
 from .results import append_record, claimed, claimed_by, read_records
@@ -32,11 +31,11 @@ def control_runs(
     c = config
     m = method_named(c.method)
     ratio = control_ratio(c.method, mean_ratio(c.schedule) if m.scheduled else c.filter_ratio)
-    if ratio <= 0 or m.chosen == 'never': return []
-    runs, step = [], step_size(c.method, c.bs, c.filter_ratio, c.form, c.step)
+    if ratio <= 0 or m.chooses == 'never': return []
+    runs, step = [], samples_per_step(c.method, c.bs, c.filter_ratio, c.form, c.step)
     for name in controls(c.method).values():
         # where that is the control's own step, its key is that of a run that was not told
-        reads_step = 'step' in method_named(name).options and step != n_keep(c.bs, ratio)
+        reads_step = 'step' in method_named(name).options and step != samples_per_step(name, c.bs, ratio)
         runs.append(replace(c, method=name, filter_ratio=ratio, step=step if reads_step else None))
     return runs
 
@@ -60,15 +59,15 @@ def grid(
             for r in ratios:
                 base = Config(dataset=dataset, seed=seed, filter_ratio=r, **config).complete()
                 own = [replace(base, method=m) for m in names]
-                at_cost = [run for c in own for run in control_runs(c) if run.method in names]
-                for c in (*own, *at_cost): runs.setdefault(c.key, c)
+                of_controls = [run for c in own for run in control_runs(c) if run.method in names]
+                for c in (*own, *of_controls): runs.setdefault(c.key, c)
     return list(runs.values())
 
 # %% ../../nbs/lab/08_grid.ipynb #b4b32c38
 def _run_name(c: Config) -> str: return f'{c.dataset}, {c.method}, seed {c.seed}'
 
 class Report:
-    "What `run_all` tells while it works. This one shows nothing but who waits for whom; subclass it to show more."
+    "Progress of `run_all`. This one only prints which process is waited for; subclass it to show more."
     def start(self,
         configs: list[Config], # the runs to do, complete
     ) -> None: "The runs are about to begin."
@@ -125,7 +124,7 @@ def run_once(
             record = run_config(c, progress, artefacts=place.with_suffix('.npz'), checkpoint=checkpoint)
             append_record(file, record)
         checkpoint.unlink(missing_ok=True)
-    with suppress(OSError): Path(f'{place}.lock').unlink()      # whoever still waits for it finds the record
+    with suppress(OSError): Path(f'{place}.lock').unlink()      # processes that still wait for it find the record
     return record
 
 # %% ../../nbs/lab/08_grid.ipynb #c4941760
@@ -146,8 +145,8 @@ def _stop_with_parent() -> None:
     os._exit(1)
 
 def _start_process(threads: int) -> None:
-    """What a process of runs does first. It ends with the one that started it, however that ended: `kill -9` leaves no
-    run behind that nobody waits for. Ctrl-c is the starter's to handle."""
+    """First steps of a worker process. It ends with the process that started it, however that ended: `kill -9` leaves
+    no orphaned run. Ctrl-c is handled by the starting process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -176,16 +175,25 @@ def _each_run(configs: list, out: Path, wait: bool, report: Report, pool: Option
         for f in as_completed(running): yield running[f], f.result()
 
 # %% ../../nbs/lab/08_grid.ipynb #b720ec57
+def _check_jobs(jobs: int, configs: list[Config]) -> None:
+    "`ValueError` for a number of jobs that can't be."
+    if jobs < 1: raise ValueError(f"jobs is the number of runs at a time, at least 1; got {jobs}")
+    own = sorted({c.method for c in configs if not is_built_in(c.method)})
+    if jobs > 1 and own:
+        raise ValueError(f"{', '.join(own)}: registered in this process, and other processes do not know it; "
+                         f"use jobs=1 (--jobs 1), got {jobs}")
+
 def run_all(
     configs: Iterable[Config], # what to run
     out: Union[str, Path]='curation', # folder for results.jsonl and the runs' artefacts
-    progress: Union[bool, Report]=True, # a progress bar, nothing, or what is told how it goes
-    jobs: int=1, # runs at a time, each in a process with its share of the CPU's cores; methods of your own need 1
+    progress: Union[bool, Report]=True, # show a progress bar, show nothing, or report to a `Report` of your own
+    jobs: int=1, # runs at a time, each in a process with its share of the CPU's cores; 1 for a method of your own
 ) -> list[dict]: # their result records, in the order of `configs`
     """Run what `out/results.jsonl` does not hold yet, and add a record as each run ends. Killed at any point, it
-    continues when called again. Several processes may work on one folder. Raises `ValueError` for `jobs` below 1."""
-    if jobs < 1: raise ValueError(f"jobs is the number of runs at a time, at least 1; got {jobs}")
+    continues when called again. Several processes may work on one folder. Raises `ValueError` for `jobs` below 1, and
+    above 1 with a method that is registered in this process only."""
     configs, out = [c.complete() for c in configs], Path(out)
+    _check_jobs(jobs, configs)
     report = progress if isinstance(progress, Report) else ProgressBar() if progress else Report()
     (out/'runs').mkdir(parents=True, exist_ok=True)
     done = {r['key']: r for r in read_records(out/'results.jsonl')}

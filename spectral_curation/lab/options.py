@@ -84,9 +84,9 @@ def add_machine_options(
       help="folder that holds the data set's files (default: they are downloaded; digits need none)")
     o('--reference_size', type=number(int, 8), metavar='PX',
       help='side in pixels to which images are resized for the reference model (default: as the learner sees them)')
-    o('--device', metavar='D', help='where to compute, such as cpu or cuda (default: a GPU where there is one)')
+    o('--device', metavar='D', help='where to compute, such as cpu or cuda (default: a GPU if there is one)')
     o('--num_workers', type=number(int, 0), metavar='N',
-      help='processes that read images (default: one a core; digits 0)')
+      help='processes that read images (default: one per core; digits 0)')
     o('--jobs', type=number(int, 1), metavar='N',
       help=f'runs at a time, each with its share of the cores (default: {jobs})')
     o('--cache', metavar='FOLDER',

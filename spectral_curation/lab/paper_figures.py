@@ -86,7 +86,7 @@ def read_figures(
 
 def plot_batches(
     figures: dict, # from `read_figures`
-) -> np.ndarray: # axes, one a batch
+) -> np.ndarray: # axes, one per batch
     "Figures 7 and 8."
     batches = figures['selection']
     size = (4.4*len(batches), 3.6)

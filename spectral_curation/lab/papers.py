@@ -93,7 +93,7 @@ budget_steps = dict(flowers=32)             # samples trained on in a step; othe
 def budget_share(
     method: str, # name of a method
 ) -> float: # share of standard training's cost in as many epochs; of InfoBatch, which decides by the losses, about
-    "What an epoch of a method costs at the filter ratio of the papers."
+    "The cost of a method's epoch at the papers' filter ratio."
     ratio = mean_ratio(Config.schedule) if method_named(method).scheduled else Config.filter_ratio
     return cost_share(method, ratio) or .6
 

@@ -142,7 +142,7 @@ def scores_of(
 
 # %% ../../nbs/lab/04_prepare.ipynb #3e6e1961
 class Prepared(NamedTuple):
-    "What a method gets beside its configuration, and what it took to make."
+    "The data a method gets in addition to its configuration, with their cost and time."
     features: Optional[np.ndarray]=None  # [N, d], memory-mapped: of the reference, for methods that need features
     scores: Optional[np.ndarray]=None    # [N] numbers about the training samples, or [N, C] held-out outputs
     cost: float=0.                       # in learner forward passes over one sample

@@ -72,6 +72,6 @@ def claimed(
 def claimed_by(
     path: Path, # as for `claimed`
 ) -> str: # such as 'process 4711 on a-machine'
-    "Who has claimed a piece of work."
+    "The process that has claimed a piece of work."
     try: return Path(f'{path}.owner').read_text() or 'another process'
     except OSError: return 'another process'      # it has just begun, or just ended

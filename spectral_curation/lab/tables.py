@@ -54,7 +54,7 @@ def _time_text(runs: list[dict], target: float) -> str:
 def results_table(
     rows: list[dict], # result records of one data set, any number of seeds of each method
     target: Optional[float]=None, # validation accuracy for time to accuracy, 0 to 1; None: `default_target`
-) -> pd.DataFrame: # one row a configuration, in the order of first appearance
+) -> pd.DataFrame: # one row per configuration, in the order of first appearance
     """Mean and 95% interval of the test accuracy; samples, cost and seconds of one run; measured speed-up (median over
     seeds) and theoretical speed-up; time to accuracy (mean, and how many seeds got there). Raises `ValueError` for
     records of several data sets."""
@@ -73,7 +73,7 @@ def results_table(
     return pd.DataFrame(table).set_index('method')
 
 # %% ../../nbs/lab/11_tables.ipynb #42161203
-control_titles = dict(random='random subset, same compute', short='fewer steps, same compute')
+control_titles = dict(random_subset='random subset, same compute', fewer_steps='fewer steps, same compute')
 
 def p_text(
     p: float, # 0 to 1; NaN: not tested
@@ -84,32 +84,32 @@ def p_text(
 def comparison_table(
     differences: dict[tuple, Difference], # (method, what it is compared with) -> difference
     names: Iterable[str]=('method', 'against'), # of the index
-) -> pd.DataFrame: # one row a comparison
-    "Differences in points, Holm-corrected p-values, what they say, and what was compared."
+) -> pd.DataFrame: # one row per comparison
+    "Differences in points, Holm-corrected p-values, verdicts, and what was compared."
     ps = holm([d.p for d in differences.values()])
     def points(d): return interval_text(list(d.by_seed.values()), 100) if d.n else '-'
-    lines = [(*k, points(d), p_text(p), verdict(d, p), d.how) for (k, d), p in zip(differences.items(), ps)]
+    lines = [(*k, points(d), p_text(p), verdict(d, p), d.basis) for (k, d), p in zip(differences.items(), ps)]
     names = list(names)
     return pd.DataFrame(lines, columns=[*names, 'points', 'p (Holm)', 'verdict', 'compared with']).set_index(names)
 
 # %% ../../nbs/lab/11_tables.ipynb #3e5701b5
 def paired_differences(
     rows: list[dict], # result records of one data set
-    varied: Iterable[str]=(), # fields that the experiment varies on purpose
+    may_differ: Iterable[str]=(), # fields that the experiment varies on purpose
 ) -> dict[tuple, Difference]: # (method, control) -> difference; with preparation: 'method, with preparation'
     "Each configuration against each of its controls at equal cost."
     out = {}
     for name, runs in grouped(rows).items():
         prepares = any(r['preparation_cost'] for r in runs)
-        for prepared in (False, True)[:1+prepares]:
+        for with_preparation in (False, True)[:1+prepares]:
             for control in controls(runs[0]['config']['method']):
-                title = name + ', with preparation'*prepared, control_titles[control]
-                out[title] = at_equal_cost(runs, rows, control, prepared, varied)
+                title = name + ', with preparation'*with_preparation, control_titles[control]
+                out[title] = at_equal_cost(runs, rows, control, with_preparation, may_differ)
     return out
 
 def paired_table(
     rows: list[dict], # result records of one data set
-    varied: Iterable[str]=(), # fields that the experiment varies on purpose
-) -> pd.DataFrame: # one row a comparison
+    may_differ: Iterable[str]=(), # fields that the experiment varies on purpose
+) -> pd.DataFrame: # one row per comparison
     "Each configuration against both controls at equal cost, seed by seed."
-    return comparison_table(paired_differences(rows, varied))
+    return comparison_table(paired_differences(rows, may_differ))
