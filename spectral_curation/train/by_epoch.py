@@ -215,7 +215,7 @@ class StandardShort(EpochSelector):
         "An epoch's share of the steps, through one order after the other."
         size, samples = self.epoch_size(), self.step_samples or step_size(self.bs, self.filter_ratio, self.bs)
         if max(self.waiting, default=-1) >= len(self.dl.dataset): self.forget()     # the data set has become smaller
-        n = reduced_size(size, self.bs, self.filter_ratio, two=self.step_samples is None)
+        n = reduced_size(size, self.bs, self.filter_ratio, at_least_two=self.step_samples is None)
         orders, ranks = lambda: self.full_order(draw), (self.rank, self.world_size)
         plan, self.waiting = plan_fewer_steps(self.waiting, orders, n, samples, *ranks)
         return plan._replace(offered=size)

@@ -88,7 +88,7 @@ class Selector(SelectorEvents):
     def _batches_to_read(self, draw: Callable) -> list[list[int]]:
         self.bs = self.dl.bs        # the loader's own, before it reads what is planned
         self.plan = self.make_plan(draw)
-        return self.plan.to_read(candidates=not self.before_decode)
+        return self.plan.to_read(all_candidates=not self.before_decode)
 
     def before_batch(self):
         n = batch_size(self.xb)
