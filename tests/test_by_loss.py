@@ -12,7 +12,8 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.nn import functional as F
 
-from spectral_curation.train.by_loss import JEST, RHO, SelectiveBackprop, TopLoss
+from spectral_curation.train.by_loss import SelectiveBackprop, TopLoss
+from spectral_curation.train.by_reference import JEST, RHO
 
 n, bs, classes = 80, 20, 3
 x = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
