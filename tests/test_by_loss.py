@@ -110,7 +110,7 @@ def mean_only(pred, y): return F.cross_entropy(pred, y)
 def mean_whatever(pred, y, reduction='mean'): return F.cross_entropy(pred, y)
 
 
-refused_losses = [(mean_only, "mean_only can't give one loss a sample"), (mean_whatever, 'one loss a sample')]
+refused_losses = [(mean_only, "mean_only can't give one loss per sample"), (mean_whatever, 'one loss per sample')]
 
 
 @pytest.mark.parametrize('loss_func, words', refused_losses)

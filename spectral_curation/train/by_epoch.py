@@ -23,14 +23,14 @@ from .selector import Selector
 
 # %% ../../nbs/train/14_by_epoch.ipynb #0bd40c1a
 class EpochChoice(Selector):
-    "What an `EpochSelector` lets subclasses say: the samples that an epoch reads."
+    "The method that a subclass of `EpochSelector` overrides: the choice of an epoch's samples."
     scores_samples = False
     def __init__(self,
         filter_ratio: float=0.8, # share of the training set that is removed, 0 <= filter_ratio < 1
         seed: int=0, # of the selector's own randomness
-        before_decode: bool=True, # read the samples chosen and no others; False: read everything, choose in the batch
-        super_batch: Optional[bool]=None, # fill whole batches with what is chosen; None: as before_decode
-        rule: Optional[EpochRule]=None, # which samples an epoch reads; None: a subclass says it
+        before_decode: bool=True, # read only the chosen samples; False: read everything, choose in the batch
+        super_batch: Optional[bool]=None, # fill whole batches with chosen samples; None: as before_decode
+        rule: Optional[EpochRule]=None, # chooses the samples; None: a subclass does
     ):
         super().__init__(filter_ratio, seed, rule)
         self.before_decode, self.super_batch = before_decode, before_decode if super_batch is None else super_batch
@@ -48,8 +48,8 @@ class EpochChoice(Selector):
 
     def chosen(self,
         n: int, # samples in the training set
-    ) -> Optional[Tensor]: # [n] is this sample read in this epoch?, bool; None: all are
-        "What `choose` says. `ValueError` for indices that are none, or there twice."
+    ) -> Optional[Tensor]: # [n] bool, True for the samples that the epoch reads; None: all
+        "The choice as a mask. `ValueError` for indices out of range or repeated."
         self.generator = self.this_epoch.generator()
         idx = self.choose(n)
         if idx is None: return None
@@ -58,11 +58,11 @@ class EpochChoice(Selector):
 
 # %% ../../nbs/train/14_by_epoch.ipynb #f7c4bf61
 class EpochSelector(EpochChoice):
-    "Read a part of the training set in an epoch: what a `rule` says, or a subclass, in `choose`."
+    "Read a part of the training set in an epoch, chosen by a `rule` or by a subclass's `choose`."
     def make_plan(self,
         draw: Callable, # () -> the loader's order of data set indices
     ) -> Plan:
-        "The steps of an epoch that reads what is chosen."
+        "The steps of an epoch that reads the chosen samples."
         rank, world, drop_last = self.rank, self.world_size, self.dl.drop_last
         with all_or_none(world, 'no samples could be chosen'): chosen = self.chosen(len(self.dl.dataset))
         order = self.full_order(draw)
@@ -72,7 +72,7 @@ class EpochSelector(EpochChoice):
     def full_order(self,
         draw: Callable, # () -> this process's order
     ) -> list[int]:
-        "The loader's order, of all processes that train together: parts of their shares would be of unequal size."
+        "The loader's order for all processes together; choosing within each one's share would give unequal counts."
         return draw() if self.world_size == 1 else draw(self.dl.full_order)
 
     def epoch_size(self) -> int:
@@ -94,7 +94,7 @@ class EpochSelector(EpochChoice):
 # %% ../../nbs/train/14_by_epoch.ipynb #9b1bd7e5
 class HistorySelector(EpochSelector):
     """Base of the selectors whose rule learns from the losses of the training pass. `TypeError` before training for a
-    loss that can't give one loss a sample."""
+    loss that can't give one loss per sample."""
     _scores = ()
     def prepare(self) -> None:
         if self.rule.learns and getattr(self, 'score', 'loss') == 'loss': check_reduction(self.learn.loss_func)
@@ -104,8 +104,8 @@ class HistorySelector(EpochSelector):
     def remember(self,
         scores: Tensor, # [n_kept] of the samples in the current batch
     ) -> None:
-        "Keep what the training pass has shown of this batch until the end of the epoch, when the rule gets it."
-        self._scores.append((self.kept_idx, scores.detach()))       # moved to the CPU once an epoch
+        "Keep this batch's scores until the end of the epoch, when the rule receives them."
+        self._scores.append((self.kept_idx, scores.detach()))       # moved to the CPU once per epoch
     def after_train(self):
         super().after_train()
         if not self.filter_ratio or not self._scores: return
@@ -115,7 +115,7 @@ class HistorySelector(EpochSelector):
 
     def __getstate__(self):
         rule = copy(self.rule)
-        rule.reset()        # what it remembers does not travel with an exported learner
+        rule.reset()        # its history is not exported with a learner
         return dict(super().__getstate__(), rule=rule, _scores=[])
 
 # %% ../../nbs/train/14_by_epoch.ipynb #4945b973
@@ -146,7 +146,7 @@ class DynamicPruning(HistorySelector):
 
 # %% ../../nbs/train/14_by_epoch.ipynb #ed855405
 class InfoBatch(HistorySelector):
-    "InfoBatch (arXiv 2303.04947): drop samples of low loss at random, scale up the gradients of those that stay."
+    "InfoBatch (arXiv 2303.04947): drop samples of low loss at random, scale up the gradients of the others."
     scores_samples = True
     @delegates(EpochSelector.__init__, but='rule')
     def __init__(self,
@@ -158,7 +158,7 @@ class InfoBatch(HistorySelector):
         super().__init__(filter_ratio, seed, rule=InfoBatchRule(delta), **kwargs)
 
     def step_divisor(self) -> int:
-        "What the sum of a step's losses is divided by, where the learner's loss is a mean: for each sample the same."
+        "The divisor of the sum of a step's losses if the learner's loss is a mean; the same for each sample."
         inner = plain_loss(self.learn.loss_func)
         is_sum = 'sum' in (getattr(inner, 'reduction', None), getattr(inner, 'keywords', {}).get('reduction'))
         # a sum needs none; gradient accumulation multiplies by the samples of the step, and divides by its own number
@@ -171,7 +171,7 @@ class InfoBatch(HistorySelector):
         self.remember(losses)
         weights = self.rule.weights(self.kept_idx)
         if weights is None: return
-        # what the learner's reduction makes of the mean: 1, the batch size for a sum, a constant for class weights
+        # factor of the learner's reduction: 1 for the mean, the batch size for a sum, a constant for class weights
         scale = (self.loss_grad/losses.mean()).detach().nan_to_num(1.)
         self.learn.loss_grad = (weights.to(losses)*losses).sum()/self.step_divisor() * scale
         self.learn.loss = self.loss_grad.clone()
@@ -182,7 +182,7 @@ class StaticPruning(EpochSelector):
     not_exported = 'scores',
     @delegates(EpochSelector.__init__, but='rule')
     def __init__(self,
-        scores: Union[np.ndarray, Tensor, list, None]=None, # [N], the highest stay, ties at random; None: a random part
+        scores: Union[np.ndarray, Tensor, list, None]=None, # [N], keep the highest, ties at random; None: a random part
         filter_ratio: float=0.8, # share of the training set that is removed, 0 <= filter_ratio < 1
         seed: int=0, # of the random part, and of ties
         **kwargs
@@ -206,24 +206,24 @@ class StandardShort(EpochSelector):
     ):
         super().__init__(filter_ratio, seed)
         if step is not None and step < 1: raise ValueError(f"step must be at least 1 sample, got {step}")
-        self.step_samples, self.waiting = step, []
+        self.step_samples, self.unread = step, []
 
-    def forget(self) -> None: self.waiting = []
+    def forget(self) -> None: self.unread = []
     def make_plan(self,
         draw: Callable, # () -> the loader's order of data set indices
     ) -> Plan:
         "An epoch's share of the steps, through one order after the other."
         size, samples = self.epoch_size(), self.step_samples or step_size(self.bs, self.filter_ratio, self.bs)
-        if max(self.waiting, default=-1) >= len(self.dl.dataset): self.forget()     # the data set has become smaller
+        if max(self.unread, default=-1) >= len(self.dl.dataset): self.forget()     # the data set has become smaller
         n = reduced_size(size, self.bs, self.filter_ratio, at_least_two=self.step_samples is None)
         orders, ranks = lambda: self.full_order(draw), (self.rank, self.world_size)
-        plan, self.waiting = plan_fewer_steps(self.waiting, orders, n, samples, *ranks)
+        plan, self.unread = plan_fewer_steps(self.unread, orders, n, samples, *ranks)
         return plan._replace(offered=size)
 
-    def state_dict(self) -> dict: return super().state_dict() | dict(waiting=list(self.waiting))
+    def state_dict(self) -> dict: return super().state_dict() | dict(unread=list(self.unread))
     def load_state_dict(self,
         state: dict, # from `state_dict`
     ) -> None:
         "Continue from `state`."
         super().load_state_dict(state)
-        self.waiting = list(state['waiting'])
+        self.unread = list(state['unread'])

@@ -22,13 +22,13 @@ from .selector import BatchSelector
 
 # %% ../../nbs/train/12_by_loss.ipynb #54c50457
 class ScoringSelector(BatchSelector):
-    "Base of the selectors that look at a model's outputs on the whole batch first."
+    "Base of the selectors that run a model on the whole batch before they choose."
     not_exported = 'scorer',
     def __init__(self,
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
         seed: int=0, # of the selector's own randomness
-        super_batch: bool=False, # draw so many candidates that as many are kept as the loader's batch size says
-        scorer: Optional[nn.Module]=None, # a smaller model, trained beforehand, that scores; None: the learner's
+        super_batch: bool=False, # draw enough candidates to keep the loader's batch size
+        scorer: Optional[nn.Module]=None, # a smaller model, trained in advance, that scores; None: the learner's
         score_size: Optional[int]=None, # side in pixels to which images are shrunk for scoring; None: as they are
     ):
         super().__init__(filter_ratio, seed, super_batch)
@@ -40,7 +40,7 @@ class ScoringSelector(BatchSelector):
     def scoring_inputs(self,
         xb: Optional[tuple]=None, # inputs of a batch; None: this batch's
     ) -> tuple: # of tensors, the first one maybe smaller images
-        "The batch as it is scored. Raises `ValueError` where `score_size` is given and the inputs are no images."
+        "The batch as it is scored. Raises `ValueError` if `score_size` is given and the inputs are no images."
         x, *rest = self.xb if xb is None else xb
         if self.score_size is None: return (x, *rest)
         if x.ndim != 4:
@@ -64,8 +64,8 @@ class ScoringSelector(BatchSelector):
 
 # %% ../../nbs/train/12_by_loss.ipynb #bllosssel
 class LossSelector(ScoringSelector):
-    """Base of the selectors that look at the learner's losses on the whole batch first. Raises `TypeError` before
-    the first step for a loss that can't give one loss a sample, `ValueError` for a `scorer` with other outputs."""
+    """Base of the selectors that compute the learner's losses on the whole batch first. Raises `TypeError` before
+    the first step for a loss that can't give one loss per sample, `ValueError` for a `scorer` with other outputs."""
     needs_sample_losses, _outputs_checked = True, True      # nothing to check at filter ratio 0
 
     def prepare(self) -> None:
@@ -85,11 +85,11 @@ class LossSelector(ScoringSelector):
         xb: tuple, # their inputs
         yb: tuple, # and targets
     ) -> None:
-        "Refuse, before the first step, what can't be scored."
+        "`ValueError` or `TypeError`, before the first step, for outputs that can't be scored."
         if self.scorer is not None:
             expect = self._in_training_precision(self.learn.model, xb)[0].numel()
             if outputs[0].numel() != expect:
-                raise ValueError(f"the scorer gives {outputs[0].numel()} outputs a sample, the learner's model "
+                raise ValueError(f"the scorer gives {outputs[0].numel()} outputs per sample, the learner's model "
                                  f"{expect}; give a scorer for the same classes")
         if self.needs_sample_losses: self.losses(outputs, yb)
 
@@ -129,7 +129,7 @@ class SelectiveBackprop(LossSelector):
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
         start: float=0., # share of training after which selection begins (0.5 in a known library)
         end: float=1., # share of training after which it ends (0.9 there)
-        interrupt: int=0, # nothing is removed of one batch in so many; 0: none
+        interrupt: int=0, # every `interrupt`-th batch is kept in full; 0: none is
         **kwargs
     ):
         super().__init__(filter_ratio, **kwargs)

@@ -21,7 +21,7 @@ from .by_loss import LossSelector, ratio_keeping
 
 # %% ../../nbs/train/13_by_reference.ipynb #e75c6d5a
 def _reference_rows(dls, reference, cache, selector: str) -> Union[np.ndarray, Tensor]:
-    "A reference's outputs [N, C] or losses [N] on the training set, or an error that says what a reference can be."
+    "A reference's outputs [N, C] or losses [N] on the training set, `ValueError` for anything else."
     if isinstance(reference, (str, Path)) and str(reference).endswith('.npy'):
         reference = np.load(reference, mmap_mode='r', allow_pickle=False)
     if isinstance(reference, nn.Module): return reference_features(dls, reference, cache=cache)
@@ -104,12 +104,12 @@ class JEST(ReferenceLossSelector):
         self.n_chunks, self.method, self.pairs, self.needs_sample_losses = n_chunks, method, pairs, not pairs
 
     def prepare(self) -> None:
-        "The reference's outputs, where the method needs them."
+        "The reference's outputs, if the method needs them."
         if self.method == 'hard' and self.reference is None: LossSelector.prepare(self)
         else: super().prepare()
         if self.pairs and self._reference is not None and self._reference.ndim == 1:
             raise ValueError("pairs=True needs the reference's outputs [N, classes], or the classifier itself; "
-                             "losses [N] say nothing of pairs")
+                             "losses [N] are not enough for pairs")
 
     def select(self,
         idx: Tensor, # [B] data set indices of the batch

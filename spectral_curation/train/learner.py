@@ -42,8 +42,8 @@ def curated_learner(
     **kwargs
 ) -> Learner:
     """A `Learner` as in SALN's section 3 (arXiv 2412.17069): torchvision `arch` with a new final layer, cross-entropy,
-    SGD with momentum 0.9. Raises `ValueError` where the number of classes is unknown, `FileNotFoundError` for
-    weights that are not there."""
+    SGD with momentum 0.9. Raises `ValueError` if the number of classes is unknown, `FileNotFoundError` for
+    missing weights."""
     name, n_out = arch if isinstance(arch, str) else arch.__name__, get_c(dls)
     if not n_out: raise ValueError("the number of classes is unknown: dls has neither `c` nor `vocab`; set dls.c")
     model = pretrained(name) if weights == 'imagenet' else torchvision.models.get_model(name, weights=None)

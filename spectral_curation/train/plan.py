@@ -146,7 +146,7 @@ def plan_batches(
     steps, start = [], 0
     while start < len(plan.steps):
         size, ratio = len(plan.steps[start].candidates), plan.steps[start].ratio
-        stop, last = start + 1, min(len(plan.steps), start + rule.at_once(size))
+        stop, last = start + 1, min(len(plan.steps), start + rule.batches_per_call(size))
         while stop < last and (len(plan.steps[stop].candidates), plan.steps[stop].ratio) == (size, ratio): stop += 1
         steps += _choose(plan.steps[start:stop], rule, epoch, start)
         start = stop
