@@ -18,7 +18,8 @@ from .features.reference import reference_features
 # train: selectors as fastai callbacks, and what goes with them
 from .train.selector import BatchSelector, Selector
 from .train.by_index import GSTDS, RandomSubset, SALN
-from .train.by_loss import JEST, RHO, SelectiveBackprop, TopLoss
+from .train.by_loss import SelectiveBackprop, TopLoss
+from .train.by_reference import JEST, RHO
 from .train.by_epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning
 from .train.learner import curated_learner
 from .train.scores import early_scores, forgetting_scores, held_out_outputs

@@ -12,7 +12,8 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.nn import functional as F
 
-from spectral_curation.train.by_loss import JEST, RHO, SelectiveBackprop, TopLoss
+from spectral_curation.train.by_loss import SelectiveBackprop, TopLoss
+from spectral_curation.train.by_reference import JEST, RHO
 
 n, bs, classes = 80, 20, 3
 x = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
@@ -109,7 +110,7 @@ def mean_only(pred, y): return F.cross_entropy(pred, y)
 def mean_whatever(pred, y, reduction='mean'): return F.cross_entropy(pred, y)
 
 
-refused_losses = [(mean_only, "mean_only can't give one loss a sample"), (mean_whatever, 'one loss a sample')]
+refused_losses = [(mean_only, "mean_only can't give one loss per sample"), (mean_whatever, 'one loss per sample')]
 
 
 @pytest.mark.parametrize('loss_func, words', refused_losses)

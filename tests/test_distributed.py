@@ -22,7 +22,8 @@ pytest.importorskip('accelerate', reason='training in several processes needs ac
 import fastai.distributed  # learn.distrib_ctx
 
 from spectral_curation.train.by_index import GSTDS, RandomSubset, SALN
-from spectral_curation.train.by_loss import JEST, SelectiveBackprop, TopLoss
+from spectral_curation.train.by_loss import SelectiveBackprop, TopLoss
+from spectral_curation.train.by_reference import JEST
 from spectral_curation.train.selector import BatchSelector, Selector
 from spectral_curation.train.checkpoint import Checkpoint
 from spectral_curation.train.diagnostics import SelectionLog

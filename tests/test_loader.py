@@ -24,7 +24,8 @@ from torch import nn
 from spectral_curation.train.rules import BatchRule, Epoch, FiedlerRule, RandomRule
 from spectral_curation.train.plan import plan_batches
 from spectral_curation.train.by_index import GSTDS, IndexSelector, RandomSubset, SALN
-from spectral_curation.train.by_loss import JEST, RHO, SelectiveBackprop, TopLoss
+from spectral_curation.train.by_loss import SelectiveBackprop, TopLoss
+from spectral_curation.train.by_reference import JEST, RHO
 from spectral_curation.train.selector import BatchSelector, Selector
 from spectral_curation.train.checkpoint import Checkpoint
 from spectral_curation.lab.data import cifar10_dls, digits_dls

@@ -17,7 +17,8 @@ from spectral_curation.select.spectral import fiedler_select
 from spectral_curation.train.rules import BatchRule
 from spectral_curation.train.selector import BatchSelector
 from spectral_curation.train.by_index import GSTDS, IndexSelector, RandomSubset, SALN
-from spectral_curation.train.by_loss import JEST, SelectiveBackprop, TopLoss
+from spectral_curation.train.by_loss import SelectiveBackprop, TopLoss
+from spectral_curation.train.by_reference import JEST
 from spectral_curation.train.by_epoch import EpochSelector, InfoBatch, StandardShort
 
 tagged = [(torch.full((3, 4, 4), float(i)), i % 10) for i in range(100)]    # each image says which it is

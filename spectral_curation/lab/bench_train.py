@@ -25,7 +25,7 @@ from ..features.extract import feature_batches, frozen_loader
 from ..features.reference import reference_features
 from ..train.selector import Selector
 from ..train.by_index import RandomSubset, SALN
-from ..train.by_loss import JEST
+from ..train.by_reference import JEST
 from ..train.by_epoch import DynamicPruning
 from ..train.learner import curated_learner
 from ..train.cached import cache_on_device

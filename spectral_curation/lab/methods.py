@@ -92,10 +92,11 @@ def _make_gstds(config, prepared):
 def _by_loss(callback: str) -> Callable:
     "A factory of selectors that look at the learner's losses."
     def make(config, prepared):
-        from spectral_curation.train import by_loss
+        from spectral_curation.train import by_loss, by_reference
         options = dict(seed=config.seed, super_batch=config.form == 'super_batch')
         if prepared.scores is not None: options['reference'] = prepared.scores
-        return getattr(by_loss, callback)(config.filter_ratio, **options)
+        module = by_reference if hasattr(by_reference, callback) else by_loss
+        return getattr(module, callback)(config.filter_ratio, **options)
     return make
 
 def _dynamic(policy: str) -> Callable:

@@ -18,16 +18,16 @@ from .plan import rank_share
 
 # %% ../../nbs/train/05_distributed.ipynb #7c57d464
 try: from fastai.distributed import DistributedDL
-except NameError:       # what fastai says where accelerate is not installed
-    class DistributedDL(TfmdDL): "Stands for fastai's, of which there are no instances without accelerate."
+except NameError:       # raised by fastai if accelerate is not installed
+    class DistributedDL(TfmdDL): "In place of fastai's, which has no instances without accelerate."
 
 # %% ../../nbs/train/05_distributed.ipynb #3dc07097
 class GroupDL(DistributedDL):
     "A `DistributedDL` for any backend of `torch.distributed`."
     def __init__(self,
         dl, # a loader of the whole data set, or fastai's `DistributedDL` of one
-        rank: Optional[int]=None, # None: this process; a `DistributedDL` says its own
-        world_size: Optional[int]=None, # None: as many as there are
+        rank: Optional[int]=None, # None: that of this process, or the `DistributedDL`'s
+        world_size: Optional[int]=None, # None: all processes
         device=None, # None: the loader's
     ):
         if isinstance(dl, DistributedDL): dl, rank, world_size, device = dl.dl, dl.rank, dl.world_size, dl.device
@@ -40,11 +40,11 @@ class GroupDL(DistributedDL):
 
 # %% ../../nbs/train/05_distributed.ipynb #9341c214
 class ShardedDL(GroupDL):
-    "One rank's share of a training set: as many samples as every other's, no sample twice."
+    "One rank's share of a training set: all shares have the same size, no sample is in two."
     def __init__(self,
         dl, # a loader of the whole data set, or fastai's `DistributedDL` of one
-        rank: Optional[int]=None, # None: this process; a `DistributedDL` says its own
-        world_size: Optional[int]=None, # None: as many as there are
+        rank: Optional[int]=None, # None: that of this process, or the `DistributedDL`'s
+        world_size: Optional[int]=None, # None: all processes
         device=None, # None: the loader's
     ):
         super().__init__(dl, rank, world_size, device)
@@ -74,7 +74,7 @@ class ShardedDL(GroupDL):
 def training_share(
     dl, # the loader that the learner is about to train with
 ): # the same, or a `ShardedDL`
-    "This process's share of the training loader. `RuntimeError` where processes started together form no group."
+    "This process's share of the training loader. `RuntimeError` if processes started together form no group."
     if not isinstance(dl, DistributedDL): return dl
     dl, world = ShardedDL(dl), process_rank()[1]
     if dl.world_size == world: return dl
@@ -84,6 +84,6 @@ def training_share(
 # %% ../../nbs/train/05_distributed.ipynb #c8a3f2f0
 def ranks_of(
     learn: Learner,
-) -> tuple[int, int]: # this process, how many
+) -> tuple[int, int]: # rank of this process, number of processes
     "Rank and number of the processes that train `learn` together: (0, 1) outside of `distrib_ctx`."
     return process_rank() if hasattr(learn, 'distributed_trainer') else (0, 1)
