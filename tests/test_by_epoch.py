@@ -275,3 +275,35 @@ def test_fewer_steps_of_a_given_size_cost_what_the_ratio_says():
         dls = DataLoaders(DataLoader(tagged, bs=16, shuffle=True, drop_last=True), DataLoader(tagged, bs=16))
         quiet_fit(Learner(dls, nn.Linear(3, 10), nn.CrossEntropyLoss(), lr=1e-6, cbs=cb), 1)
         assert cb.trained == trained
+
+
+@pytest.mark.parametrize('make', [lambda **kw: StaticPruning(**kw), lambda **kw: DynamicPruning('random', **kw)])
+@pytest.mark.parametrize('bs', [2, 4, 8])
+@pytest.mark.parametrize('before_decode', [True, False])
+def test_no_chosen_sample_is_lost_in_small_batches(make, bs, before_decode):
+    "What is chosen of each batch of the loader is trained on, also where it is one sample of a batch."
+    cb = make(filter_ratio=.8, before_decode=before_decode, super_batch=False)
+    dl = DataLoader([(torch.rand(4), i % 2) for i in range(160)], bs=bs, shuffle=True)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    learn = Learner(DataLoaders(dl, dl), net, nn.CrossEntropyLoss(), lr=.01, cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert cb.trained == 32
+
+
+@pytest.mark.parametrize('before_decode', [True, False])
+def test_two_samples_at_least_of_a_training_set(before_decode):
+    dl = DataLoader([(torch.rand(4), i % 2) for i in range(72)], bs=16, shuffle=True)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    cb = StaticPruning(filter_ratio=.999, before_decode=before_decode)
+    learn = Learner(DataLoaders(dl, dl), net, nn.CrossEntropyLoss(), lr=.01, cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert cb.trained == 2
+
+
+def test_a_rule_that_would_learn_nothing_is_refused():
+    from spectral_curation.train.by_epoch import EpochSelector, HistorySelector
+    from spectral_curation.train.epoch_rules import DynamicRule
+    from spectral_curation.train.rules import RandomRule
+    for cls in (EpochSelector, HistorySelector):
+        with pytest.raises(ValueError, match='learns from the losses'): cls(.5, rule=DynamicRule('ucb'))
+        with pytest.raises(TypeError, match='needs an EpochRule, got a RandomRule'): cls(.5, rule=RandomRule())

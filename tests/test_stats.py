@@ -247,3 +247,13 @@ def test_p_values_are_corrected_over_the_table():
     assert three['verdict'].tolist() == ['n.s.', 'n.s.', 'n.s.', '']
     # what was not tested does not count
     assert float(three['p (Holm)'].iloc[0]) == pytest.approx(3*clear.p, abs=5e-4)
+
+
+def test_a_run_that_diverged_is_left_out_and_named():
+    "NaN is no accuracy: it makes a method neither better nor worse, on either side."
+    for nan_in in ('saln', 'random'):
+        rows = [record(m, seed=s, accuracy=.5 + (m == 'random')*.01*s) for m in ('saln', 'random') for s in range(3)]
+        for r in rows:
+            if r['config']['method'] == nan_in and r['config']['seed'] == 1: r['test_accuracy'] = float('nan')
+        d = at_equal_cost([r for r in rows if r['config']['method'] == 'saln'], rows, 'random_subset')
+        assert set(d.method) == {0, 2} and 'seed 1 left out: a value is not finite' in d.basis

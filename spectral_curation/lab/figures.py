@@ -191,10 +191,13 @@ def plot_weights(
     if w.ndim != 2: raise ValueError(f"the final layer's weights are [classes, d], got shape {list(w.shape)}")
     if axs is None:
         axs = plt.subplots(1, 2, figsize=(9, 2.8), dpi=90, width_ratios=(2, 1), layout='constrained')[1]
-    limit = np.abs(w).max() or 1
+    finite = w[np.isfinite(w)]
+    limit = np.abs(finite).max(initial=0) or 1
     image = axs[0].imshow(w, aspect='auto', cmap='coolwarm', vmin=-limit, vmax=limit, interpolation='nearest')
     axs[0].figure.colorbar(image, ax=axs[0])
     axs[0].set(xlabel='input feature', ylabel='class', title=f'{title} weights'.strip())
-    axs[1].hist(w.ravel(), bins=60); axs[1].set(xlabel='weight', ylabel='number')
-    axs[1].set_title(f'mean {w.mean():.2g}, deviation {w.std():.2g}', fontsize=10)
+    axs[1].hist(finite, bins=60)
+    axs[1].set(xlabel='weight', ylabel='number')
+    summary = f'mean {finite.mean():.2g}, deviation {finite.std():.2g}' if len(finite) else 'training diverged'
+    axs[1].set_title(summary, fontsize=10)
     return axs

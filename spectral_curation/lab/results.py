@@ -25,6 +25,8 @@ def read_records(
         try: records.append(json.loads(line))
         except ValueError:
             raise ValueError(f"line {i+1} of {path} is damaged; remove it, or choose another folder") from None
+        if not isinstance(records[-1], dict): raise ValueError(
+            f"line {i+1} of {path} is not a result record but {line[:40]!r}; remove it, or choose another folder")
     return records
 
 # %% ../../nbs/lab/07_results.ipynb #d1464f31

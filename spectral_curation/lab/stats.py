@@ -152,10 +152,11 @@ def _by_seed(runs: list[dict]) -> dict[int, dict]:
 
 def _difference_of_seeds(method: dict, control: dict[int, ValueAtCost]) -> Difference:
     "The difference over the seeds whose control has a value; the basis lists all seeds."
-    found = {s: v for s, v in control.items() if v.value is not None}
+    found = {s: v for s, v in control.items() if v.value is not None and np.isfinite([v.value, method[s]]).all()}
     reasons = {}
     for s, v in control.items():
-        if s not in found: reasons.setdefault(v.basis, []).append(str(s))
+        why = v.basis if v.value is None else 'a value is not finite: has training diverged?'
+        if s not in found: reasons.setdefault(why, []).append(str(s))
     def left_out(why, seeds): return f"seed{'s'*(len(seeds) > 1)} {', '.join(seeds)} left out: {why}" if found else why
     basis = [*dict.fromkeys(v.basis for v in found.values()), *(left_out(*reason) for reason in reasons.items())]
     values = {s: v.value for s, v in found.items()}

@@ -33,9 +33,18 @@ class EpochChoice(Selector):
         rule: Optional[EpochRule]=None, # chooses the samples; None: a subclass does
     ):
         super().__init__(filter_ratio, seed, rule)
+        self._check_rule(rule)
         self.before_decode, self.super_batch = before_decode, before_decode if super_batch is None else super_batch
         if self.super_batch and not before_decode:
             raise ValueError("super_batch=True fills batches before they are read, so it needs before_decode=True")
+
+    def _check_rule(self, rule: Optional[EpochRule]) -> None:
+        if rule is None: return
+        if not isinstance(rule, EpochRule): raise TypeError(
+            f"{type(self).__name__} chooses once an epoch and needs an EpochRule, got a {type(rule).__name__}")
+        if rule.learns and not hasattr(type(self), 'after_loss'): raise ValueError(
+            f"{type(rule).__name__} learns from the losses, which {type(self).__name__} doesn't give it; subclass "
+            "HistorySelector and call self.remember(losses) in after_loss")
 
     def choose(self,
         n: int, # samples in the training set

@@ -65,7 +65,7 @@ def _read_state(path: Path, n_epoch: int, world_size: int, callbacks: list[str])
     "The file's content; `ValueError` if it is damaged or of another training."
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        reason = str(e).splitlines()[0]
+        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} can't be read as a checkpoint ({reason}); remove it to start again") from e
     ranks = state.get('ranks', ())
     compared = {'n_epoch': (state.get('n_epoch'), n_epoch), 'number of processes': (len(ranks), world_size),

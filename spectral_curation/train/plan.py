@@ -129,7 +129,9 @@ def _choose(steps: list[Step], rule: BatchRule, epoch: Epoch, first: int) -> lis
     generators = [epoch.generator(first + i) for i in range(len(steps))]
     positions, scores = rule.choose(torch.stack([s.candidates for s in steps]), n_kept, generators)
     positions = check_positions(positions, n, (len(steps), n_kept), f'{type(rule).__name__}.positions')
-    scores = [None]*len(steps) if scores is None else scores
+    if scores is None: scores = [None]*len(steps)
+    elif len(scores) != len(steps):
+        raise ValueError(f"{type(rule).__name__}.choose must return scores for {len(steps)} batches, got {len(scores)}")
     return [s._replace(positions=p, scores=v) for s, p, v in zip(steps, positions, scores)]
 
 def plan_batches(
@@ -162,6 +164,12 @@ def rank_share(
     return order[rank:len(order)//world_size*world_size:world_size]
 
 # %% ../../nbs/train/02_plan.ipynb #14cc18cc
+def _chosen_step(read: Tensor, chosen: Tensor) -> Step:
+    "A step that reads these samples and trains on the chosen ones among them."
+    positions = chosen[read].nonzero().flatten()
+    n = len(positions)
+    return Step(read, 1 - n/len(read), n, positions if n < len(read) else None)
+
 def plan_epoch(
     order: Union[list, Tensor], # data set indices in the order of reading, of all ranks together
     chosen: Tensor, # [N] bool, True for the samples that this epoch trains on
@@ -178,16 +186,17 @@ def plan_epoch(
     if fill:
         batches = split_batches(rank_share(order[chosen[order]], rank, world_size), batch_size)
         return Plan([Step(b, 0., len(b)) for b in batches], len(order)//world_size)
-    steps, offered = [], 0
+    steps, offered, alone = [], 0, order[:0]
     for batch in split_batches(order, batch_size*world_size, drop_last):
         is_chosen = chosen[batch]
         mine, rest = (rank_share(where.nonzero().flatten(), rank, world_size) for where in (is_chosen, ~is_chosen))
         both = torch.cat([mine, rest]).sort().values        # in the order of reading
         offered += len(both)
-        read, n = batch[both if read_all else mine], len(mine)
-        positions = chosen[read].nonzero().flatten() if n < len(read) else None
-        if n: steps.append(Step(read, 1 - n/len(read), n, positions))
-    if batch_size > 1: steps = [s for s in steps if s.n_kept > 1] or steps[:1]
+        if not len(mine): continue
+        read = torch.cat([alone, batch[both if read_all else mine]])
+        alone = read if chosen[read].sum() == 1 < batch_size else order[:0]
+        if not len(alone): steps.append(_chosen_step(read, chosen))
+    if len(alone): steps.append(_chosen_step(torch.cat([steps.pop().candidates, alone]) if steps else alone, chosen))
     return Plan(steps, offered)
 
 # %% ../../nbs/train/02_plan.ipynb #876e8621
