@@ -52,7 +52,8 @@ def plot_curves(
         epochs = min(map(len, runs))
         costs = np.cumsum(np.mean([[e.get('cost', 0) for e in run[:epochs]] for run in runs], 0))
         _draw_curve(axs, runs, np.arange(1, epochs+1) if x == 'epoch' else costs, _color(i))
-    axs[0].set(ylabel='loss', yscale='log'); axs[1].set(ylabel='accuracy')
+    axs[0].set(ylabel='loss'); axs[1].set(ylabel='accuracy')
+    if any(np.isfinite(line.get_ydata()).any() for line in axs[0].lines): axs[0].set_yscale('log')  # not all diverged
     low, high = axs[0].get_ylim()
     if high < 10*low: axs[0].yaxis.set_minor_formatter('{x:.3g}')
     axs[0].yaxis.set_major_formatter('{x:.3g}')
