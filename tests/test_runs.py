@@ -9,7 +9,7 @@ from fastai.learner import Learner
 from torch import nn
 
 from spectral_curation.lab.config import Config
-from spectral_curation.lab.grid import grid
+from spectral_curation.lab.grid import grid, run_all
 from spectral_curation.lab.prepare import prepare
 from spectral_curation.lab.results import read_records
 from spectral_curation.lab.watch import EpochTimer
@@ -97,3 +97,16 @@ def test_seconds_of_an_accelerator_are_counted_where_it_works():
     later = timer.seconds[1]        # the first epoch also starts the device
     assert later['training'] > .9*later['seconds'] > .5
     assert later['data'] < .1*later['seconds']
+
+
+def test_what_a_kill_left_unfinished_is_removed(tmp_path):
+    "A kill within a write leaves a file under a temporary name; the run that is done again takes it away."
+    config = Config(method='random', epochs=1, n_train=64, n_valid=16, bs=32, size=16, device='cpu').complete()
+    (tmp_path/'runs').mkdir()
+    for name in (f'{config.key}.pt.17-ab.tmp', f'{config.key}.npz.17-cd.tmp', 'another.pt.17-ef.tmp'):
+        (tmp_path/'runs'/name).write_bytes(b'half')
+    run_all([config], tmp_path, progress=False)
+    assert [f.name for f in (tmp_path/'runs').glob('*.tmp')] == ['another.pt.17-ef.tmp']
+    (tmp_path/'runs'/f'{config.key}.pt').write_bytes(b'old')
+    run_all([config], tmp_path, progress=False)
+    assert not list((tmp_path/'runs').glob('*.pt'))

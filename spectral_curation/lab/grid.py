@@ -107,6 +107,12 @@ class ProgressBar(Report):
     def stop(self) -> None: self.bar.stop()
 
 # %% ../../nbs/lab/08_grid.ipynb #e0f9a49e
+def _remove_leftovers(
+    place: Path, # of a finished run, without an ending
+) -> None:
+    "The checkpoint, and files that a kill left unfinished."
+    for f in [place.with_suffix('.pt'), *place.parent.glob(f'{place.name}.*.tmp')]: f.unlink(missing_ok=True)
+
 def run_once(
     config: Config, # what to run
     out: Path, # folder with results.jsonl, and `runs` for artefacts and checkpoints
@@ -123,7 +129,7 @@ def run_once(
             progress = report and (lambda: report.epoch(c))
             record = run_config(c, progress, artefacts=place.with_suffix('.npz'), checkpoint=checkpoint)
             append_record(file, record)
-        checkpoint.unlink(missing_ok=True)
+        _remove_leftovers(place)
     with suppress(OSError): Path(f'{place}.lock').unlink()      # processes that still wait for it find the record
     return record
 
@@ -198,7 +204,7 @@ def run_all(
     (out/'runs').mkdir(parents=True, exist_ok=True)
     done = {r['key']: r for r in read_records(out/'results.jsonl')}
     for c in configs:
-        if c.key in done: (out/'runs'/f'{c.key}.pt').unlink(missing_ok=True)     # killed between its record and its end
+        if c.key in done: _remove_leftovers(out/'runs'/c.key)       # killed between its record and its end
     left = [c for c in configs if c.key not in done]
     report.start(left)
     try:
