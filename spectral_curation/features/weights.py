@@ -26,8 +26,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     save_one = "save one with torch.save(model.state_dict(), path)"
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{path} is not a state dict that can be read safely (torch.load with "
-                                            f"weights_only=True says: {(str(e) or type(e).__name__).splitlines()[0]}); {save_one}") from e
+    except Exception as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a state dict that can be read safely (torch.load with weights_only=True says: "
+                         f"{reason}); {save_one}") from e
     for key in ('state_dict', 'model'):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):

@@ -37,7 +37,8 @@ def batch_selection(
     order = np.random.default_rng(c.seed).permutation(len(features))
     for i in batches:
         idx = order[i*c.bs:(i+1)*c.bs]
-        if len(idx) < c.bs: raise ValueError(f"there are {len(order)//c.bs} batches of {c.bs}, numbered from 0; got {i}")
+        if len(idx) < c.bs:
+            raise ValueError(f"there are {len(order)//c.bs} batches of {c.bs}, numbered from 0; got {i}")
         f = np.array(features[np.sort(idx)])[np.argsort(np.argsort(idx))].astype(float)     # read in the file's order
         out.append(dict(batch=i, xy=np.round(principal_plane(f), 3).tolist(),
                         keep=fiedler_select(torch.from_numpy(f), filter_ratio).tolist(),
