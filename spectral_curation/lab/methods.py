@@ -12,7 +12,7 @@ from typing import Callable, Optional
 
 # %% ../../nbs/lab/02_methods.ipynb #bd4746f5
 _chooses = 'batch', 'epoch', 'once', 'never'
-_needs = '', 'features', 'held_out', 'el2n', 'grand', 'forgetting'
+_needs = '', 'features', 'held_out', 'el2n', 'grand', 'forgetting', 'own_labels'
 
 @dataclass(frozen=True)
 class Method:
@@ -24,7 +24,7 @@ class Method:
     chooses: str            # when it chooses: batch, epoch, once, or never (standard training)
     callback: str = ''      # name of the class in spectral_curation.train, for display
     source: str = ''        # arXiv number of the paper
-    needs: str = ''         # what is prepared before: '', features, held_out, el2n, grand or forgetting
+    needs: str = ''         # what is prepared before: '', features, held_out, el2n, grand, forgetting or own_labels
     scoring: float = 0.     # cost of scoring one candidate, in learner forward passes
     options: tuple = ()     # fields of `Config` that only some methods read, and this one does
     forms: tuple = ()       # further points in time at which it can choose: before_decode, super_batch
@@ -88,6 +88,17 @@ def _make_gstds(config, prepared):
     from spectral_curation.train.by_index import GSTDS
     return GSTDS(config.filter_schedule(), **_spectral_options(config, prepared))
 
+def _make_agreement(config, prepared):
+    from spectral_curation.train.by_agreement import Agreement
+    from spectral_curation.lab.config import refresh_times, trust_of
+    return Agreement(config.filter_ratio, features=prepared.features, trust=trust_of(config.trust), scope=config.scope,
+                     fit=config.fit, balance=config.balance, within_classes=config.within_classes,
+                     refresh=refresh_times(config.refresh), seed=config.seed, **_choice_times(config))
+
+def _make_clean_subset(config, prepared):
+    from spectral_curation.train.by_agreement import TrustedSubset
+    return TrustedSubset(prepared.scores, config.filter_ratio, seed=config.seed, **_choice_times(config))
+
 # %% ../../nbs/lab/02_methods.ipynb #600dcb0b
 def _by_loss(callback: str) -> Callable:
     "A factory of selectors that look at the learner's losses."
@@ -134,6 +145,11 @@ register(Method('saln', _make_saln, 'SALN: the ends of the Fiedler vector',
                 callback='SALN', source='2412.17069', options=_spectral, **_features))
 register(Method('gstds', _make_gstds, 'GSTDS: SALN with a scheduled filter ratio',
                 callback='GSTDS', source='2507.04269', options=(*_spectral, 'schedule'), scheduled=True, **_features))
+register(Method('agreement', _make_agreement, 'label agreement: random among labels that the graph supports',
+                callback='Agreement', options=('reference', 'reference_size', 'trust', 'scope', 'fit', 'balance',
+                'within_classes', 'refresh'), **_features | dict(looks_at='features and labels')))
+register(Method('oracle', _make_clean_subset, 'random among the right labels, which nobody knows',
+                callback='TrustedSubset', looks_at='right labels', chooses='batch', needs='own_labels', forms=_by_index))
 
 # %% ../../nbs/lab/02_methods.ipynb #27f405c4
 _losses = dict(looks_at='losses', chooses='batch', scoring=1., forms=_by_losses)

@@ -23,25 +23,30 @@ from torch import nn
 from ..features.weights import head_name
 from ..features.extract import frozen_loader
 from ..features.reference import Reference, default_cache, default_reference, reference_features
+from ..train.rows import class_labels
 from ..train.forward import forward_flops
 from ..train.learner import curated_learner
 from ..train.cached import cache_on_device
 from ..train.scores import Scores, cached_scores, early_scores, forgetting_scores, held_out_outputs
 from .methods import method_named
 from .config import Config
+from .label_noise import Noise, nearest_classes
 from .data import datasets
 
 # %% ../../nbs/lab/04_prepare.ipynb #64a4956e
 @lru_cache(maxsize=2)
-def _decoded_digits(**kwargs) -> DataLoaders:
-    "Small enough to be decoded once and kept."
-    with no_random(): return cache_on_device(datasets['digits'](**kwargs), progress=False)
+def _decoded(dataset: str, **kwargs) -> DataLoaders:
+    "A data set decoded once and kept; its labels are read anew for each run."
+    with no_random(): return cache_on_device(datasets[dataset](**kwargs), progress=False)
 
 def _with_decoded_rows(dls: DataLoaders, decoded: DataLoaders) -> DataLoaders:
     "`dls` with what `decoded` has read already: the same batches, drawn with the same random numbers."
-    result = copy(dls)
+    result, labels = copy(dls), class_labels(dls)
     with no_random(): result.loaders = [dl.new() for dl in decoded.loaders]
-    for dl, original in zip(result.loaders, dls.loaders): dl.rng = original.rng
+    for dl, original in zip(result.loaders, dls.loaders): dl.rng, dl.dataset = original.rng, original.dataset
+    train = result.loaders[0]
+    images, y = train.rows
+    train.rows = images, type(y)(labels.to(y.device)) if type(y) is not torch.Tensor else labels.to(y.device)
     return result
 
 def make_dls(
@@ -53,8 +58,17 @@ def make_dls(
     if c.num_workers is not None: kwargs['num_workers'] = c.num_workers
     if c.dataset != 'digits': kwargs['root'] = c.root
     if c.imbalance is not None: kwargs['imbalance'] = c.imbalance
-    if c.dataset != 'digits': return datasets[c.dataset](**kwargs)
-    return _with_decoded_rows(datasets['digits'](**kwargs), _decoded_digits(**kwargs))
+    labels = dict(labels=c.labels, label_file=c.label_file) if c.labels else {}
+    if c.noise: labels['noise'] = Noise(c.noise, _similar_classes(c) if c.noise_kind == 'similar' else None)
+    dls = datasets[c.dataset](**kwargs, **labels)
+    return _with_decoded_rows(dls, _decoded(c.dataset, **kwargs)) if c.decoded or c.dataset == 'digits' else dls
+
+def _similar_classes(c: Config) -> np.ndarray:
+    "For each class the one whose images are nearest in the reference's features, by the data set's own labels."
+    dls = make_dls(replace(c, noise=0., labels=None, label_file=None))
+    features = reference_features(dls, reference_of(c) or default_reference(dls), size=c.reference_size,
+                                  cache=c.cache or True, progress=False)
+    return nearest_classes(features, dls.own_labels)
 
 def digits_on_one_thread(
     f: Callable, # its first argument is a `Config`
@@ -106,7 +120,8 @@ def reference_cost(
 # %% ../../nbs/lab/04_prepare.ipynb #583b95f6
 _not_in_scores = 'method', 'filter_ratio', 'form', 'step', 'reference', 'reference_size', 'n_valid', 'n_test', 'checks'
 _not_in_features = ('method', 'filter_ratio', 'form', 'step', 'seed', 'epochs', 'bs', 'lr', 'which', 'laplacian',
-                    'schedule', 'n_valid', 'n_test', 'checks')
+                    'schedule', 'n_valid', 'n_test', 'checks', 'labels', 'label_file', 'noise', 'noise_kind',
+                    'annealing', 'trust', 'scope', 'fit', 'balance', 'within_classes', 'refresh')
 
 def _without(config: Config, names: tuple) -> dict:
     return {k: v for k, v in config.identity().items() if k not in names}
@@ -116,7 +131,7 @@ def preparation_of(
 ) -> dict: # empty: its method needs nothing
     "What decides the run's preparation. Runs that agree in it share the files in the cache."
     c, needs = config.complete(), method_named(config.method).needs
-    if not needs: return {}
+    if needs in ('', 'own_labels'): return {}
     if needs == 'features': return _without(c, _not_in_features) | dict(features=True)
     if needs == 'held_out': c = replace(c, epochs=c.reference_epochs or c.epochs, reference_epochs=None)
     return _without(c, _not_in_scores) | dict(score=needs, seed=0 if needs == 'held_out' else c.seed)
@@ -156,6 +171,9 @@ def prepare(
     c = config.complete()
     m = method_named(c.method)
     if not m.needs or not (c.filter_ratio or m.scheduled): return Prepared()
+    if m.needs == 'own_labels':         # known of an experiment's data only: they cost nothing
+        dls = make_dls(c)
+        return Prepared(scores=np.float32(class_labels(dls).numpy() == dls.own_labels))
     if m.needs != 'features':
         s = scores_of(c)
         return Prepared(scores=s.values, cost=s.cost, seconds=s.seconds)

@@ -92,7 +92,8 @@ def _fit(c: Config, selector: Selector, watchers: _Watchers, checkpoint: Union[s
     learn.recorder.train_metrics = True
     start = time.perf_counter()
     cbs = [Checkpoint(checkpoint, every=10)] if checkpoint else None
-    with learn.no_bar(), learn.no_logging(): learn.fit(c.epochs, cbs=cbs)
+    fit = learn.fit_one_cycle if c.annealing == 'one_cycle' else learn.fit
+    with learn.no_bar(), learn.no_logging(): fit(c.epochs, c.lr, cbs=cbs)
     return learn, time.perf_counter() - start
 
 # %% ../../nbs/lab/06_run.ipynb #10c0f5d2

@@ -28,10 +28,11 @@ class SampleAccounts(Callback):
     scoring_cost = 0                # cost of scoring one sample, in learner forward passes
     columns = 'kept', 'scored', 'trained', 'cost'
     seconds_preparing = seconds_selecting = 0.      # before training; in this epoch
+    extra_cost = 0.                 # of this epoch, for what is neither scoring nor training, in forward passes
 
     def reset_accounts(self) -> None:
         "Begin an epoch: samples offered, scored and trained on, seconds of choosing."
-        self.offered, self.scored, self.trained, self.seconds_selecting = 0, 0, 0, 0.
+        self.offered, self.scored, self.trained, self.seconds_selecting, self.extra_cost = 0, 0, 0, 0., 0.
 
     @contextmanager
     def clock(self,
@@ -56,7 +57,7 @@ class SampleAccounts(Callback):
     @property
     def cost(self) -> float:
         "Cost of this epoch so far, in learner forward passes over one sample."
-        return (self.scoring_cost or 0)*self.scored + 3*self.trained
+        return (self.scoring_cost or 0)*self.scored + 3*self.trained + self.extra_cost
 
 # %% ../../nbs/train/06_accounts.ipynb #90162c86
 class NotExported: "In an exported learner, in place of arrays and models, which are too large to be exported."

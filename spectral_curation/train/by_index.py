@@ -42,6 +42,7 @@ class IndexSelector(BatchSelector):
     ) -> Tensor: # [k] positions in the batch, int64, each once
         "Positions to keep, by the rule."
         if self.rule is None: return super().select(idx, k)
+        self.rule.begin(min(1., self.pct_train))
         positions, scores = self.rule.choose(idx[None], k, [self.generator])
         self.step = self.step._replace(scores=None if scores is None else scores[0])
         return positions[0]

@@ -122,11 +122,12 @@ def check_positions(
     raise ValueError(f"{name} must return each of its {noun} once, from 0 to {n-1}; got {wrong} twice or out of range")
 
 # %% ../../nbs/train/02_plan.ipynb #7afe6259
-def _choose(steps: list[Step], rule: BatchRule, epoch: Epoch, first: int) -> list[Step]:
-    "Steps of one size and ratio, with the rule's positions; `first` is the number of the first of them."
+def _choose(steps: list[Step], rule: BatchRule, epoch: Epoch, first: int, of: int) -> list[Step]:
+    "Steps of one size and ratio, with the rule's positions; the first of them is number `first` of `of`."
     n, n_kept = len(steps[0].candidates), steps[0].n_kept
     if n_kept == n: return steps
     generators = [epoch.generator(first + i) for i in range(len(steps))]
+    rule.begin(min(1., epoch.share_done + first/of/epoch.n_epochs))
     positions, scores = rule.choose(torch.stack([s.candidates for s in steps]), n_kept, generators)
     positions = check_positions(positions, n, (len(steps), n_kept), f'{type(rule).__name__}.positions')
     if scores is None: scores = [None]*len(steps)
@@ -150,7 +151,7 @@ def plan_batches(
         size, ratio = len(plan.steps[start].candidates), plan.steps[start].ratio
         stop, last = start + 1, min(len(plan.steps), start + rule.batches_per_call(size))
         while stop < last and (len(plan.steps[stop].candidates), plan.steps[stop].ratio) == (size, ratio): stop += 1
-        steps += _choose(plan.steps[start:stop], rule, epoch, start)
+        steps += _choose(plan.steps[start:stop], rule, epoch, start, len(plan.steps))
         start = stop
     return plan._replace(steps=steps)
 

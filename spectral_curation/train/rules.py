@@ -76,6 +76,11 @@ class BatchRule(Rule):
         "Positions to keep, and the scores that they were chosen by."
         return self.positions(indices, k, generators), None
 
+    def begin(self,
+        share_done: float, # share of training that is done, 0 to 1
+    ) -> None:
+        "Called before each choice, for rules that change during training."
+
     def batches_per_call(self,
         batch_size: int, # B
     ) -> int:
