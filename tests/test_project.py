@@ -122,7 +122,7 @@ def undeclared(file: Path, requirements: set, whole_file: bool) -> set:
 
 def test_every_import_is_a_declared_requirement():
     "Also what fastai brings along: what is imported is needed, whoever else needs it. In functions, dev will do."
-    needed, dev = declared('requirements'), declared('dev_requirements')
+    needed, dev = declared('requirements'), declared('dev_requirements') | declared('lite_requirements')
     for name, file in modules().items():
         assert not (missing := undeclared(file, needed, False)), (name, missing)
         assert not (missing := undeclared(file, needed | dev, True)), (name, missing)
