@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch, numpy as np
 
-from ..select.agreement import agreement_select, label_agreement
 from ..select.ratio import n_keep
+from ..select.agreement import label_agreement
+from ..train.trust_rules import TrustRule
 from .timing import side_by_side
 from .bench_select import made_up_features, on_features, peak_memory, train_seconds
 
@@ -38,15 +39,15 @@ def _times(seconds: list[float], **columns) -> dict:
 def _one_choice(bs: int, filter_ratio: float, image: int, rounds: int) -> dict:
     "The row of a choice from one batch, of samples whose agreement is known."
     g = torch.Generator().manual_seed(0)
-    agreement = torch.randn(50_000, generator=g)
-    batches = torch.randint(len(agreement), (100, bs), generator=g)
+    rule, k = TrustRule(torch.randn(50_000, generator=g)), n_keep(bs, filter_ratio)
+    batches = torch.randint(50_000, (100, 1, bs), generator=g)
     def choose():
         start = time.perf_counter()
-        for idx in batches: agreement_select(agreement[idx], filter_ratio, generator=g)
+        for idx in batches: rule.choose(idx, k, [g])
         return (time.perf_counter()-start)/len(batches)
     choose()
     row = _times(side_by_side(dict(choose=choose), 5*rounds, False)['choose'], case='choice from a batch', n=bs)
-    step = n_keep(bs, filter_ratio)*train_seconds(image, rounds)
+    step = k*train_seconds(image, rounds)
     return dict(row, image=image, share_of_step=row['seconds']/step)
 
 # %% ../../nbs/lab/22_bench_agreement.ipynb #c03abce8
