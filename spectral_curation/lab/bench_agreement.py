@@ -21,9 +21,9 @@ from .bench_select import made_up_features, on_features, peak_memory, train_seco
 def _agree(features: np.ndarray, n_classes: int) -> dict:
     "Agreement of random labels with the features, and what it took."
     labels = np.random.default_rng(0).integers(n_classes, size=len(features))
-    before, start, cpu = peak_memory(), time.perf_counter(), time.process_time()
+    before, start, wall = peak_memory(), time.process_time(), time.perf_counter()
     label_agreement(features, labels)
-    return dict(seconds=time.perf_counter()-start, cpu=time.process_time()-cpu, peak=peak_memory(), before=before)
+    return dict(seconds=time.process_time()-start, wall=time.perf_counter()-wall, peak=peak_memory(), before=before)
 
 def _whole_set(path: Path, sizes: tuple, n_classes: int, rounds: int) -> dict[int, list[dict]]:
     "For each size, what the agreement of the first rows took: the largest once, between rounds of the others."
@@ -42,12 +42,12 @@ def _one_choice(bs: int, filter_ratio: float, image: int, rounds: int) -> dict:
     rule, k = TrustRule(torch.randn(50_000, generator=g)), n_keep(bs, filter_ratio)
     batches = torch.randint(50_000, (100, 1, bs), generator=g)
     def choose():
-        start = time.perf_counter()
+        start = time.process_time()
         for idx in batches: rule.choose(idx, k, [g])
-        return (time.perf_counter()-start)/len(batches)
+        return (time.process_time()-start)/len(batches)
     choose()
     row = _times(side_by_side(dict(choose=choose), 5*rounds, False)['choose'], case='choice from a batch', n=bs)
-    step = k*train_seconds(image, rounds)
+    step = k*train_seconds(image, rounds, time.process_time)
     return dict(row, image=image, share_of_step=row['seconds']/step)
 
 # %% ../../nbs/lab/22_bench_agreement.ipynb #c03abce8
@@ -61,19 +61,19 @@ def bench_agreement(
     images: tuple[int, int]=(224, 32), # sides of the images of the ResNet-18 epoch, and step, that are compared with
     progress: bool=True, # show a progress bar
 ) -> list[dict]:
-    """Agreement of all labels with memory-mapped features: seconds per sample, peak memory of the process, and the
-    share of a ResNet-18 training epoch; and a batch's choice as a share of a training step. Raises `RuntimeError`
-    where the process that is measured ends without an answer."""
+    """Agreement of all labels with memory-mapped features: processor seconds, peak memory of the process, and the share
+    of a ResNet-18 training epoch; and a batch's choice as a share of a training step. Raises `RuntimeError` where the
+    process that is measured ends without an answer."""
     path = made_up_features(Path(folder)/'features.npy', max(sizes), d, progress=progress)
-    train = [train_seconds(images[0], rounds)]
+    train = [train_seconds(images[0], rounds, time.process_time)]
     found = _whole_set(path, sizes, n_classes, rounds)
-    train.append(train_seconds(images[0], rounds))
+    train.append(train_seconds(images[0], rounds, time.process_time))
     path.unlink()
     rows = []
     for n, results in found.items():
         row = _times([r['seconds'] for r in results], case='all labels', n=n, d=d, classes=n_classes)
         rows.append(dict(row, microseconds_a_sample=1e6*row['seconds']/n, feature_bytes=2*n*d,
-                         cpu_seconds=float(np.median([r['cpu'] for r in results])),
+                         wall_seconds=float(np.median([r['wall'] for r in results])),
                          peak_bytes=max(r['peak'] for r in results), before_bytes=min(r['before'] for r in results),
                          image=images[0], share_of_epoch=row['seconds']/n/float(np.mean(train))))
     return rows + [_one_choice(bs, .8, images[1], rounds)]
