@@ -52,6 +52,36 @@ def test_scale_counts(saved):
     for r in saved['scale']['rows']: assert r['kept'] == r['n']//64*12 and r['peak_bytes'] >= r['before_bytes'] > 1e6 and r['feature_bytes'] == 2*r['n']*r['d']
 
 
+def test_agreement_counts(saved):
+    "All labels of two sizes, and the choice from a batch, each with its share of what training takes."
+    *whole, choice = saved['agreement']['rows']
+    assert [r['n'] for r in whole] == [512, 1024] and choice['n'] == 40 and choice['share_of_step'] > 0
+    for r in whole:
+        assert r['peak_bytes'] >= r['before_bytes'] > 1e6 and r['feature_bytes'] == 2*r['n']*r['d'] and r['wall_seconds'] > 0
+        assert r['microseconds_a_sample'] == pytest.approx(1e6*r['seconds']/r['n'])
+    assert whole[0]['share_of_epoch']/whole[1]['share_of_epoch'] == pytest.approx(2*whole[0]['seconds']/whole[1]['seconds'])
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='peak memory is read from /proc')
+def test_agreement_does_not_keep_what_it_has_read(fresh):
+    "Features in a file of 205 MB, memory-mapped: two passes over them, and no more than a part of them in memory at a time."
+    grown = fresh("""import json, numpy as np
+from spectral_curation.lab.bench_select import peak_memory
+from spectral_curation.select.agreement import label_agreement
+features = np.lib.format.open_memmap('f.npy', mode='w+', dtype=np.float16, shape=(1_600_000, 64))
+rng = np.random.default_rng(0)
+for start in range(0, len(features), 100_000):
+    features[start:start+100_000] = rng.random((100_000, 64), dtype=np.float32)
+    features.flush(); features._mmap.madvise(4)
+del features
+mapped, labels = np.load('f.npy', mmap_mode='r'), np.arange(1_600_000) % 3
+label_agreement(mapped[:5000], labels[:5000], 2)
+before = peak_memory()
+a = label_agreement(mapped, labels, 2)
+print(json.dumps([peak_memory() - before, a.nbytes]))""")
+    assert grown[0] < 160e6, grown
+
+
 @pytest.mark.parametrize('argv, says', [(['fast'], "got 'fast'"),
                                         (['--rounds', '0'], "at least 1, got '0'"), (['--size', '2'], "at least 8, got '2'"),
                                         (['--device', 'abacus'], "got 'abacus'")])

@@ -100,9 +100,17 @@ def test_stopped_by_ctrl_c(tmp_path, jobs):
     (['--methods', 'standard,best'], ['--methods', "'best'", 'standard_short']),
     (['--dataset', 'pets', '--root', 'nowhere', '--methods', 'random'], ['--root', 'annotations']),
     (['--weights', 'broken.pth'], ['--weights', 'broken.pth']),
+    (['--noise', '1.01'], ['--noise', "'1.01'", 'from 0 to 1']),
+    (['--noise_kind', 'human'], ['--noise_kind', "'human'", 'similar']),
+    (['--trust', '0'], ['--trust', "'0'", 'a share above 0']),
+    (['--labels', 'worse', '--label_file', 'labels.csv'], ['--labels', "'worse' for digits", 'imagenette']),
+    (['--dataset', 'cifar10', '--labels', 'worse'], ['--labels', 'needs --label_file']),
+    (['--dataset', 'cifar10', '--labels', 'worse', '--label_file', 'none.csv'], ['--label_file', "no file 'none.csv'"]),
+    (['--label_file', 'labels.csv'], ['--label_file', 'needs --labels']),
 ])
 def test_bad_values(tmp_path, args, words):
     (tmp_path/'broken.pth').write_bytes(b'not weights')
+    (tmp_path/'labels.csv').write_text('file,worst\ntrain/cat/0001.png,dog\n')
     p = start(tmp_path, *args)
     out, err = p.communicate(timeout=300)
     assert p.returncode == 2 and 'Traceback' not in err
@@ -116,7 +124,7 @@ def test_help_explains_every_option(tmp_path):
     out, _ = start(tmp_path, '--help').communicate(timeout=60)
     options, listed = out.split('\nmethods:\n')
     texts = dict(re.findall(r'^  --(\w+)\s(.*?)(?=^  --|\Z)', options.split('exit\n', 1)[1], re.S | re.M))
-    names = 'dataset methods filter_ratio form seeds epochs bs size lr n_train n_valid weights reference out'
+    names = 'noise noise_kind labels label_file trust dataset methods filter_ratio form seeds epochs bs size lr n_train n_valid weights reference out'
     assert set(texts) == {*names.split(), 'root', 'reference_size', 'device', 'num_workers', 'jobs', 'cache'}
     for option, text in texts.items(): assert 'default' in text, option
     for m in methods.values(): assert re.search(rf'^  {m.name}\s+{re.escape(m.title)}$', listed, re.M), m.name
@@ -145,6 +153,34 @@ register(Method('mine', None, 'a method of mine', looks_at='nothing', chooses='b
 p = parser()
 print(json.dumps(dict(help=p.format_help(), methods=p.parse_args(['--methods', 'mine']).methods)))""")
     assert re.search(r'^  mine\s+a method of mine$', out['help'], re.M) and out['methods'] == ['mine']
+
+
+def test_wrong_labels(tmp_path):
+    "Labels are wrong in training alone; the table says how many of those trained on were right, the gallery shows some."
+    args = ['--seeds', '1', '--noise', '.3', '--methods', 'standard,agreement', '--filter_ratio', '.5']
+    out, err = start(tmp_path, *args).communicate(timeout=600)
+    assert '30% wrong labels (symmetric)' in out and re.search(r'contradicts \d+ of 256 training labels, among them \d+ of the 77', out), err
+    rows = {(o := json.loads(line))['config']['method']: o for line in lines(tmp_path)}
+    assert rows['standard']['right_labels'] == pytest.approx(1 - 77/256, abs=.02) and rows['agreement']['right_labels'] > .8
+    assert all(o['config']['noise'] == .3 for o in rows.values())
+    assert (tmp_path/'out/issues.png').read_bytes()[1:4] == b'PNG'
+    short = out[out.index('\ndigits\n'):out.index('In detail')]
+    assert 'right labels' in short and 'agreement' in short
+
+
+@pytest.mark.parametrize('column, name, words', [('worst', 'labels.csv', ['--label_file', 'train/']),
+                                                 ('best', 'labels.csv', ['--labels', "no column 'best'", 'worst'])])
+def test_labels_that_do_not_fit(tmp_path, column, name, words):
+    "A file of labels is checked before the first run, against the images that are there."
+    from PIL import Image
+    for part in ('train', 'test'):
+        for c in ('cat', 'dog'):
+            (folder := tmp_path/'data'/part/c).mkdir(parents=True)
+            for i in range(40): Image.new('RGB', (8, 8), (i, 0, 0)).save(folder/f'{i:04d}.png')
+    (tmp_path/name).write_text('file,worst\ntrain/cat/0001.png,dog\n')
+    args = ['--dataset', 'cifar10', '--root', 'data', '--n_train', '64', '--labels', column, '--label_file', name]
+    out, err = start(tmp_path, *args).communicate(timeout=300)
+    assert 'Traceback' not in err and err.count('\n') == 1 and all(w in err for w in words), err
 
 
 def test_a_log_gets_a_line_for_each_run(tmp_path):

@@ -121,11 +121,15 @@ def load_features(
     return features
 
 # %% ../../nbs/features/04_store.ipynb #c8fca182
+def _mapping(features):
+    "The map behind features, or None: not memory-mapped, or changes to them are kept in memory alone (copy on write)."
+    return getattr(features, '_mmap', None) if getattr(features, 'mode', 'c') != 'c' else None
+
 def forget_pages(
     features: Union[np.ndarray, Tensor], # memory-mapped, or anything else, which is left alone
 ) -> None:
     "Give back the memory of what was read of a memory-mapped file; the system's own cache may still hold it."
-    mapped = getattr(features, '_mmap', None)
+    mapped = _mapping(features)
     if mapped is not None and hasattr(mmap, 'MADV_DONTNEED'): mapped.madvise(mmap.MADV_DONTNEED)
 
 # %% ../../nbs/features/04_store.ipynb #a18db434
@@ -137,7 +141,7 @@ class RowReader:
         features: Union[np.ndarray, Tensor], # [N, ...]
     ):
         self.features, self.file = features, None
-        mapped = getattr(features, '_mmap', None)
+        mapped = _mapping(features)
         if mapped is None or not hasattr(os, 'preadv') or features.ndim < 2 or not len(features): return
         if not features[0].flags.c_contiguous: return
         start = features.offset - features.offset % mmap.ALLOCATIONGRANULARITY     # of the mapping in the file

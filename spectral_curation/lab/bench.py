@@ -15,14 +15,15 @@ from .config import dataset_defaults
 from .options import Parser, check_device, number
 
 # %% ../../nbs/lab/23_bench.ipynb #d7bb10c2
-tables = 'fiedler', 'epoch', 'extraction', 'loading', 'scale'
+tables = 'fiedler', 'epoch', 'extraction', 'loading', 'scale', 'agreement'
 
 def bench_parser() -> argparse.ArgumentParser:
     "The options of `curate_bench`."
     p = Parser('curate_bench',
                description='Measure speed and memory side by side; print each table and write it as JSON.')
     p.add_argument('tables', nargs='*', metavar='TABLE',
-                   help=f"from {', '.join(tables)} (default: all; scale writes 5.2 GB to --folder for a while)")
+                   help=f"from {', '.join(tables)} (default: all; scale and agreement write 5.2 GB to "
+                        '--folder for a while)')
     _add_data_options(p)
     o = p.add_argument
     o('--rounds', type=number(int, 1), default=5, metavar='N', help='times that each case is run, in turn (default: 5)')
@@ -75,14 +76,17 @@ def curate_bench(
 def _benches(a: argparse.Namespace, folder: Path) -> dict[str, Callable]:
     "Table -> what measures it."
     from spectral_curation.lab.bench_select import bench_fiedler, bench_scale
+    from spectral_curation.lab.bench_agreement import bench_agreement
     from spectral_curation.lab.bench_train import bench_epoch, bench_extraction, bench_loading
     make_dls = partial(_image_files, a, folder)
     fiedler, few = partial(bench_fiedler, rounds=a.rounds), {}
     scale = partial(bench_scale, folder, rounds=min(3, a.rounds))
+    agreement = partial(bench_agreement, folder, rounds=min(3, a.rounds))
     if a.tiny:
         fiedler, few = partial(bench_fiedler, (16, 48), 8, 1), dict(filter_ratio=.5, ratios=())
         scale = partial(bench_scale, folder, (512, 1024), 16, 64, 1, 32)
-    return dict(fiedler=fiedler, scale=scale,
+        agreement = partial(bench_agreement, folder, (512, 1024), 16, 5, 40, 1, (32, 32))
+    return dict(fiedler=fiedler, scale=scale, agreement=agreement,
                 epoch=partial(bench_epoch, make_dls, a.reference, weights=a.weights, rounds=a.rounds,
                               cached=not a.no_cached, only=a.only, **few),
                 extraction=partial(bench_extraction, make_dls, a.reference, rounds=a.rounds),

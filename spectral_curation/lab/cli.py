@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Optional
 
 from .methods import default_methods, is_built_in, method_named, methods
-from .config import Config, dataset_defaults, forms
+from .config import Config, dataset_defaults, forms, noise_kinds, trust_of, with_label_files
 from .options import (Parser, add_machine_options, by_dataset, check_device, check_files,
                                            filter_ratios, names_from, number)
 
@@ -34,6 +34,7 @@ def parser() -> Parser:
                epilog=f'methods:\n{_list_of_methods()}\n\nAn interrupted command keeps its finished runs.\n'
                       'The same command resumes where it stopped, also in the middle of a run.')
     _add_comparison_options(p)
+    _add_label_options(p)
     _add_training_options(p)
     add_machine_options(p, jobs='digits on a CPU: one per core; otherwise 1')
     p.add_argument('--out', type=Path, default=Path('curation'), metavar='FOLDER',
@@ -58,6 +59,40 @@ def _add_comparison_options(p: argparse.ArgumentParser) -> None:
       help='runs of each method, with seeds 0 to N-1 (default: 3)')
 
 # %% ../../nbs/lab/15_cli.ipynb #e165340e
+def _trust(text: str) -> str:
+    try: trust_of(text)
+    except ValueError as e: raise argparse.ArgumentTypeError(str(e).removeprefix('trust ')) from None
+    return text
+
+def _add_label_options(p: argparse.ArgumentParser) -> None:
+    o, readers = p.add_argument, ', '.join(m.name for m in methods.values() if 'trust' in m.options)
+    o('--noise', type=number(float, 0, most=1), default=0., metavar='R',
+      help='share of the training labels that are replaced by a wrong one, 0 to 1 (default: 0)')
+    o('--noise_kind', choices=noise_kinds, default='symmetric', metavar='K',
+      help='the wrong label: symmetric (any other class; the default) or similar (the class nearest to it in the '
+           "reference's features)")
+    o('--labels', metavar='COLUMN',
+      help=f"{', '.join(with_label_files)}: column of --label_file that holds the training labels (default: the data "
+           "set's own). Validation and test labels are never changed")
+    o('--label_file', metavar='FILE',
+      help='CSV file with a line for each training image: its file and its labels (default: the noisy labels that '
+           'imagenette comes with)')
+    o('--trust', type=_trust, default='positive', metavar='T',
+      help=f"labels that {readers} trusts: positive (agreement above 0; the default), estimated (all but the estimated "
+           "share of wrong ones), a share such as 0.5, or two and how to get from one to the other: 'lin 0.2 1'")
+
+def _check_labels(p: Parser, fields: dict, sets: list) -> None:
+    "Refuse options of labels that do not fit together."
+    labels, file = fields['labels'], fields['label_file']
+    if file and not labels:
+        p.error(f'argument --label_file: needs --labels, the column that holds the labels; got {file!r} alone')
+    if file and not Path(file).expanduser().is_file(): p.error(f'argument --label_file: there is no file {file!r}')
+    if not labels: return
+    without = [d for d in sets if d not in with_label_files]
+    if without: p.error(f"argument --labels: is for {', '.join(with_label_files)}; got {labels!r} for {without[0]}")
+    if 'cifar10' in sets and not file:
+        p.error(f'argument --labels: needs --label_file for cifar10; got {labels!r} alone')
+
 def _add_training_options(p: argparse.ArgumentParser) -> None:
     o = p.add_argument
     o('--epochs', type=number(int, 1), metavar='N',
@@ -92,8 +127,13 @@ def _print_table(table, width: int=120) -> None:
         print(f'\n{table.iloc[:, first:last].to_string()}')
         first = last
 
+def _labels_text(c: Config) -> str:
+    "What is wrong with the training labels on purpose."
+    return f', labels {c.labels}'*bool(c.labels) + f', {c.noise:.0%} wrong labels ({c.noise_kind})'*bool(c.noise)
+
 def _checked_grid(p: Parser, names: list, seeds: int, ratios: list, sets: list, out: Path, fields: dict) -> list:
     "The runs that the options ask for. Refuses what can't be run, and makes the folder for the results."
+    _check_labels(p, fields, sets)
     from spectral_curation.lab.grid import grid
     check_device(p, fields['device'])
     shown = next((m for m in names if method_named(m).needs == 'features'), names[0])       # reads the reference, too
@@ -104,11 +144,15 @@ def _checked_grid(p: Parser, names: list, seeds: int, ratios: list, sets: list, 
     return grid(names, seeds, ratios, sets, **fields)
 
 # %% ../../nbs/lab/15_cli.ipynb #ca053e6d
-def _report(rows: list[dict], dataset: str, folder: Path, runs: Path) -> None:
+def _report(rows: list[dict], configs: list[Config], dataset: str, folder: Path, runs: Path) -> None:
     "Print the tables of one data set and draw its figures."
     from spectral_curation.lab.compare import summarize
-    result = summarize([r for r in rows if r['config']['dataset'] == dataset], folder, runs)
+    of_set = [c for c in configs if c.dataset == dataset]
+    result = summarize([r for r in rows if r['config']['dataset'] == dataset], folder, runs, of_set)
     print(f'\n{dataset}')
+    _print_table(result.short)
+    if result.issues: print(f'\nLabels: {result.issues}.')
+    print('\nIn detail:')
     _print_table(result.table)
     if len(result.paired):
         print('\nTest accuracy against the controls at equal cost, in points, seed by seed:')
@@ -130,13 +174,14 @@ def curate(
         for d in sets:
             c = next(c for c in configs if c.dataset == d)
             print(f"{d}: {', '.join(names)}; {seeds} seed(s), {c.epochs} epochs, batches of {c.bs}, filter ratio "
-                  f"{', '.join(map(str, ratios))}, {c.size} px, learning rate {c.lr}, {c.device}", flush=True)
+                  f"{', '.join(map(str, ratios))}, {c.size} px, learning rate {c.lr}, {c.device}{_labels_text(c)}",
+                  flush=True)
         rows = run_all(configs, out, jobs=jobs or _default_jobs(configs))
     except KeyboardInterrupt:
         print(f"\nStopped. Finished runs are in {out/'results.jsonl'}; the same command resumes from there.",
               file=sys.stderr)
         return 130
     except (OSError, ValueError) as e: p.error(str(e))
-    for d in sets: _report(rows, d, out if len(sets) == 1 else out/d, out/'runs')
+    for d in sets: _report(rows, configs, d, out if len(sets) == 1 else out/d, out/'runs')
     print(f"\n{time.perf_counter()-start:.0f} s; result records in {out/'results.jsonl'}")
     return 0

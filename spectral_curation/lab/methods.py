@@ -183,7 +183,7 @@ register(Method('forgetting', _make_static, 'forgetting: forgotten most often',
 
 # %% ../../nbs/lab/02_methods.ipynb #a44b60c4
 _built_in = dict(methods)
-default_methods = 'standard', 'saln', 'random', 'standard_short'
+default_methods = 'standard', 'saln', 'agreement', 'random', 'standard_short'
 
 # %% ../../nbs/lab/02_methods.ipynb #a731736e
 def cost_share(

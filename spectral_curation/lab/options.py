@@ -7,6 +7,7 @@ __all__ = ['Parser', 'number', 'names_from', 'filter_ratios', 'by_dataset', 'add
 
 # %% ../../nbs/lab/14_options.ipynb #f51d63f5
 import argparse, math
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterable, NoReturn, Optional
 
@@ -27,15 +28,18 @@ def number(
     kind: type, # int or float
     least: Optional[float]=None, # the smallest value allowed
     above: Optional[float]=None, # every value allowed is larger
+    most: Optional[float]=None, # the largest value allowed, if there is a smallest
 ) -> Callable: # text -> number; `ArgumentTypeError` for a text that is none, or out of range
     "The type of an option that takes a number."
     where = f' of at least {least}' if least is not None else f' above {above}' if above is not None else ''
+    if most is not None: where = f' from {least} to {most}'
     allowed = ('a whole number' if kind is int else 'a number') + where
     def parse(text):
         try: value = kind(text)
         except ValueError: value = math.nan
         small = least is not None and value < least or above is not None and value <= above
-        if not math.isfinite(value) or small: raise argparse.ArgumentTypeError(f'must be {allowed}, got {text!r}')
+        fits = math.isfinite(value) and not small and (most is None or value <= most)
+        if not fits: raise argparse.ArgumentTypeError(f'must be {allowed}, got {text!r}')
         return value
     return parse
 
@@ -107,9 +111,9 @@ def check_device(
 
 def check_files(
     parser: Parser, # refuses
-    config: Config, # its data set, weights and reference
+    config: Config, # its data set, labels, weights and reference
 ) -> None:
-    "Refuse data, weights or a reference that are missing or do not fit."
+    "Refuse data, labels, weights or a reference that are missing or do not fit."
     from spectral_curation.features.reference import Reference, default_reference
     from spectral_curation.train.learner import curated_learner
     from spectral_curation.lab.prepare import make_dls
@@ -118,11 +122,13 @@ def check_files(
         try: return load()
         except (OSError, ValueError, TypeError) as e:
             named = [o for o in ('n_train', 'n_valid', 'bs', 'size') if str(e).startswith(o)]       # by the message
+            if option == 'labels' and 'file of labels' in str(e): named = ['label_file']
             option = named[0] if named else option
             parser.error(f'argument --{option}: {e}')
     if c.root and c.dataset == 'digits':
         parser.error(f'argument --root: digits come with scikit-learn and are read from no folder; got {c.root!r}')
-    dls = attempt('root', lambda: make_dls(c))
+    dls = attempt('root', lambda: make_dls(replace(c, labels=None, label_file=None, noise=0.)))
+    if c.labels: attempt('labels', lambda: make_dls(replace(c, noise=0.)))
     if len(dls.train) == 0:
         n = len(dls.train.dataset)
         parser.error(f'argument --bs: must be at most the number of training images, {n}; got {c.bs}')

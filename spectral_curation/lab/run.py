@@ -85,6 +85,12 @@ def _watchers(c: Config, selector: Selector, progress: Optional[Callable]) -> _W
     curves = [AccuracyCurve(selector, timer, c.checks)] if c.checks else []
     return _Watchers(timer, FirstBatches(selector), SelectionLog(), curves)
 
+def _right_labels(log: SelectionLog, dls) -> dict:
+    "The share of right labels in what was trained on, where some labels are known to be wrong."
+    wrong = torch.as_tensor(dls.own_labels) != log.labels
+    if not wrong.any(): return {}
+    return dict(right_labels=round(1 - float(log.kept[wrong].sum()/log.kept.sum()), 4))
+
 def _fit(c: Config, selector: Selector, watchers: _Watchers, checkpoint: Union[str, Path, None]) -> tuple:
     "A learner trained as the configuration says, and the seconds it took."
     timer, first, log, curves = watchers
@@ -118,5 +124,5 @@ def run_config(
     return dict(key=c.key, config=c.identity(), test_accuracy=test_accuracy, test_loss=test_loss,
                 preparation_cost=round(prepared.cost), preparation_seconds=round(prepared.seconds, 1),
                 **_totals(history), total_seconds=round(seconds, 3), selection=log.summary(), gap=log.gap,
-                classes=dict(kept=log.by_class(), recall=recall.recall()),
+                classes=dict(kept=log.by_class(), recall=recall.recall()), **_right_labels(log, learn.dls),
                 **{'curve': w.points for w in watchers.curves}, history=history, versions=versions(c.device))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['control_titles', 'time_to_accuracy', 'default_target', 'results_table', 'p_text', 'comparison_table',
-           'paired_differences', 'paired_table']
+           'difference_text', 'paired_differences', 'paired_table', 'short_table']
 
 # %% ../../nbs/lab/11_tables.ipynb #2b19ceb3
 from typing import Iterable, Optional
@@ -92,6 +92,15 @@ def comparison_table(
     names = list(names)
     return pd.DataFrame(lines, columns=[*names, 'points', 'p (Holm)', 'verdict', 'compared with']).set_index(names)
 
+def difference_text(
+    difference: Difference,
+    p: float, # Holm-corrected; NaN: not tested
+) -> str: # '-1.20 ± 0.40 (worse, p 0.012)'; - where nothing was compared
+    "A difference in points for a cell of a table."
+    if not difference.n: return '-'
+    what = [verdict(difference, p), *(['p ' + p_text(p)] if np.isfinite(p) else [])]
+    return f"{interval_text(list(difference.by_seed.values()), 100)} ({', '.join(what)})"
+
 # %% ../../nbs/lab/11_tables.ipynb #3e5701b5
 def paired_differences(
     rows: list[dict], # result records of one data set
@@ -113,3 +122,28 @@ def paired_table(
 ) -> pd.DataFrame: # one row per comparison
     "Each configuration against both controls at equal cost, seed by seed."
     return comparison_table(paired_differences(rows, may_differ))
+
+# %% ../../nbs/lab/11_tables.ipynb #f7bd596e
+def _cost_text(runs: list[dict], full: Optional[float]) -> str:
+    "Cost as a share of `full`, or in passes where that is not known; with preparation in parentheses."
+    costs = [np.mean([r['cost'] for r in runs])]
+    if any(r['preparation_cost'] for r in runs): costs.append(np.mean([r['cost']+r['preparation_cost'] for r in runs]))
+    first, *rest = [f'{c/full:.0%}' if full else f'{c:.0f}' for c in costs]
+    return first + ''.join(f' ({c})' for c in rest)
+
+def short_table(
+    rows: list[dict], # result records of one data set
+) -> pd.DataFrame: # one row per configuration, in the order of first appearance
+    "Accuracy, cost, and the differences of `paired_table`, preparation left out, in a line per configuration."
+    differences, table = paired_differences(rows), {}
+    p = dict(zip(differences, holm([d.p for d in differences.values()])))
+    standard = [r['cost'] for r in rows if r['config']['method'] == standard_method()]
+    for name, runs in grouped(rows).items():
+        table[name] = {'test accuracy (%)': interval_text([r['test_accuracy'] for r in runs], 100),
+                       'cost': _cost_text(runs, np.mean(standard) if standard else None)}
+        right = [r['right_labels'] for r in runs if 'right_labels' in r]
+        if right: table[name]['right labels'] = f'{np.mean(right):.0%}'
+        for title in control_titles.values():
+            d = differences.get((name, title))
+            if d is not None: table[name][title] = difference_text(d, p[name, title])
+    return pd.DataFrame(table).T.fillna('').rename_axis('method')

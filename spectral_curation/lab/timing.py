@@ -68,7 +68,7 @@ def _cpu_name() -> str:
 _units = dict(seconds='{:.4g}', least='{:.4g}', most='{:.4g}', speedup='{:.2f}x', speedup_least='{:.2f}x',
               speedup_most='{:.2f}x', theoretical_speedup='{:.3f}x', images_per_second='{:.0f}', selecting='{:.3f}',
               microseconds_a_sample='{:.1f}', peak_bytes='{:,.0f}', before_bytes='{:,.0f}', feature_bytes='{:,.0f}',
-              share_of_epoch='{:.3%}', checking='{:.1f}')
+              share_of_epoch='{:.3%}', share_of_step='{:.3%}', checking='{:.1f}', wall_seconds='{:.4g}')
 
 def as_table(
     rows: list[dict], # of one table

@@ -7,13 +7,13 @@ __all__ = ['class_codes', 'Agreement', 'component_grid', 'graph_agreement', 'lab
            'agreement_select']
 
 # %% ../../nbs/select/06_agreement.ipynb #6f00ae26
-import math
+import math, mmap
 from typing import Any, Iterator, NamedTuple, Optional
 
 import numpy as np, torch
 from torch import Tensor
 
-from .checks import float64_tensor, whole_number
+from .checks import float_tensor, whole_number
 from .ratio import n_keep
 from .graph import unit_rows
 
@@ -50,13 +50,20 @@ class _Smoother(NamedTuple):
     shares: Tensor      # [C] weighted share of each class
     total: float        # sum of the samples' weights
 
-def _unit_chunks(features, rows: int=8192) -> Iterator[tuple[int, Tensor]]:
-    "First row, and rows of unit length in float64, chunk by chunk."
+def _unit_chunks(features, rows: int=1024) -> Iterator[tuple[int, Tensor]]:
+    "First row, and rows of unit length in float64, chunk by chunk; what was read of a mapped file is not kept."
+    mapped = getattr(features, '_mmap', None) if getattr(features, 'mode', 'c') != 'c' else None
     for start in range(0, len(features), rows):
-        chunk = float64_tensor(features[start:start+rows], 'features')
+        chunk = float_tensor(features[start:start+rows], 'features')
         bad = (~chunk.isfinite().all(1)).nonzero()
         if len(bad): raise ValueError(f"features hold NaN or infinity in row {start + int(bad[0])}")
         yield start, unit_rows(chunk).cpu()
+        if mapped is not None and hasattr(mmap, 'MADV_DONTNEED'): mapped.madvise(mmap.MADV_DONTNEED)
+
+def _add_gram(gram: Tensor, u: Tensor, weights: Optional[Tensor], size: int=256) -> None:
+    "Add the upper triangle of the rows' Gram matrix, in blocks: little more than half the work of all of it."
+    weighted = u if weights is None else u*weights[:, None]
+    for i in range(0, len(gram), size): gram[i:i+size, i:].addmm_(weighted[:, i:i+size].T, u[:, i:])
 
 def _smoother(features, codes: Tensor, n_classes: int, k: int, balance: float) -> _Smoother:
     counts, d = torch.bincount(codes, minlength=n_classes).double(), features.shape[1]
@@ -64,11 +71,11 @@ def _smoother(features, codes: Tensor, n_classes: int, k: int, balance: float) -
     gram, sums = torch.zeros(d, d, dtype=torch.float64), torch.zeros(n_classes, d, dtype=torch.float64)
     for start, u in _unit_chunks(features):
         c = codes[start:start+len(u)]
-        gram.addmm_((u*weights[c, None]).T, u)
+        _add_gram(gram, u, weights[c] if balance else None)
         sums.index_add_(0, c, u)
     sums, mass = sums*weights[:, None], counts*weights
     mean, total = sums.sum(0)/mass.sum(), float(mass.sum())
-    values, q = torch.linalg.eigh(gram - total*torch.outer(mean, mean))
+    values, q = torch.linalg.eigh(gram - total*torch.outer(mean, mean), UPLO='U')
     values, q = values.flip(0)[:k], q.flip(1)[:, :k]
     seen = values > 1e-10*max(float(values[0]), 1e-10*total)
     project = q[:, seen]/values[seen].sqrt()
@@ -88,15 +95,15 @@ def _leave_one_out(u: Tensor, codes: Tensor, s: _Smoother, grid: list[int]) -> I
     "For each number of signals on the grid: value of the given label, the largest other value, and whose it is."
     z, weights = (u - s.mean) @ s.project, s.weights[codes]
     fit = torch.zeros(len(u), len(s.shares), dtype=torch.float64)
-    leverage, target, used = weights/s.total, torch.eye(len(s.shares), dtype=torch.float64)[codes] - s.shares, 0
+    own, leverage, used = codes[:, None], weights/s.total, 0
     for k in grid:
         block = z[:, used:k]
-        fit = fit + block @ s.coefficients[used:k]
+        fit.addmm_(block, s.coefficients[used:k])
         leverage, used = leverage + weights*block.square().sum(1), min(k, z.shape[1])
-        t = (fit - leverage[:, None]*target)/(1 - leverage)[:, None].clamp_min(1e-9)
-        given = t.gather(1, codes[:, None])[:, 0]
-        other = t.scatter(1, codes[:, None], -math.inf).max(1)
-        yield given, other.values, other.indices
+        t, rest = torch.addcmul(fit, leverage[:, None], s.shares), (1 - leverage).clamp_min(1e-9)
+        given = (t.gather(1, own)[:, 0] - leverage)/rest
+        other = t.scatter_(1, own, -math.inf).max(1)
+        yield given, other.values/rest, other.indices
 
 def component_grid(
     n: int, # samples
