@@ -108,7 +108,8 @@ class PlannedSampler(Sampler):
         _check_rule(rule, filter_ratio, n_epochs)
         self.rule, self.filter_ratio, self.super_batch, self.seed = rule, filter_ratio, super_batch, seed
         self.size, self.drop_last = whole_number(batch_size, 'batch_size'), drop_last
-        self.n, self.n_epochs = training_size(rule, n), n_epochs and whole_number(n_epochs, 'n_epochs')
+        self.n, self.n_epochs = training_size(rule, n), n_epochs
+        if n_epochs is not None: whole_number(n_epochs, 'n_epochs')
         ratio_schedule(filter_ratio)(0.)
         if (rank is None) != (world_size is None): raise ValueError(
             f"give both rank and world_size, or neither; got rank={rank} and world_size={world_size}")
@@ -162,7 +163,7 @@ class CuratedBatchSampler(PlannedSampler):
         if world_size > 1 and process_rank()[1] == world_size: check_same(
             rule=type(self.rule).__name__, epoch=place.epoch, position=place.position, samples=self.n,
             batch_size=self.size, seed=self.seed, super_batch=self.super_batch, drop_last=self.drop_last,
-            n_epochs=self.n_epochs, filter_ratio='a schedule' if callable(self.filter_ratio) else float(self.filter_ratio))
+            n_epochs=self.n_epochs, filter_ratio=None if callable(self.filter_ratio) else float(self.filter_ratio))
         steps = self._plan().steps
         self.losses.due = True
         for i in range(place.position, len(steps)):
