@@ -17,9 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from spectral_curation.train.rules import BatchRule, Epoch, FiedlerRule, RandomRule, Rule
+from spectral_curation.train.trust_rules import AgreementRule, TrustRule
 from spectral_curation.train.epoch_rules import DynamicRule, EpochRule, InfoBatchRule, StaticRule
 from spectral_curation.train.by_index import GSTDS, IndexSelector, RandomSubset, SALN
 from spectral_curation.train.by_epoch import DynamicPruning, EpochSelector, InfoBatch, StaticPruning
+from spectral_curation.train.by_agreement import Agreement, TrustedSubset
 from spectral_curation.train.epochs import epoch_order, plan_rule
 from spectral_curation.train.sampler import CuratedBatchSampler
 
@@ -47,6 +49,8 @@ class EvenThenOddSelector(EpochSelector):
     def choose(self, n): return torch.arange(self.epochs_begun % 2, n, 2)
 
 cos = SchedCos(.9, .3)
+def wider(share): return .3 + .6*share
+noisy = torch.where(torch.rand(n, generator=torch.Generator().manual_seed(1)) < .3, 1-y, y)
 # name -> the callback; the sampler's rule; its filter ratio
 pairs = dict(
     random=(lambda **kw: RandomSubset(.6, **kw), RandomRule, .6),
@@ -55,6 +59,12 @@ pairs = dict(
     knn=(lambda **kw: SALN(.6, features=x, graph='knn', n_neighbors=4, **kw),
          lambda: FiedlerRule(x, graph='knn', n_neighbors=4), .6),
     gstds=(lambda **kw: GSTDS(cos, features=x, **kw), lambda: FiedlerRule(x), cos),
+    agreement=(lambda **kw: Agreement(.6, features=x, labels=noisy, **kw), lambda: AgreementRule(x, noisy), .6),
+    widening=(lambda **kw: Agreement(.6, features=x, labels=noisy, trust=wider, **kw),
+              lambda: AgreementRule(x, noisy, wider), .6),
+    agreement_in_batch=(lambda **kw: Agreement(.6, features=x, labels=noisy, scope='batch', **kw),
+                        lambda: AgreementRule(x, noisy, scope='batch'), .6),
+    trusted=(lambda **kw: TrustedSubset(x[:, 1], .6, **kw), lambda: TrustRule(x[:, 1]), .6),
     smallest=(lambda **kw: IndexSelector(.6, rule=Smallest(), **kw), Smallest, .6),
     pruned=(lambda **kw: DynamicPruning('random', .6, **kw), DynamicRule, .6),
     every_other=(lambda **kw: DynamicPruning('random', .6, every=2, **kw), lambda: DynamicRule(every=2), .6),
@@ -260,6 +270,17 @@ def test_a_state_is_not_changed_by_what_follows():
     assert str(state) == str(before)
 
 
+def test_scores_computed_anew_between_epochs_are_chosen_by_and_saved():
+    sampler, other = (CuratedBatchSampler(AgreementRule(x, noisy, .3), 16, .6) for _ in range(2))
+    first = list(sampler)
+    sampler.rule.set_features(x.flip(0))
+    other.load_state_dict(through_file(sampler.state_dict()))
+    anew = list(sampler)
+    assert list(other) == anew
+    sampler.set_epoch(0)
+    assert list(sampler) != first
+
+
 def test_workers_fetch_ahead_so_the_loop_says_how_far_it_is():
     sampler, expect = sampler_of('random'), list(sampler_of('random'))
     it = iter(DataLoader(data, batch_sampler=sampler, num_workers=2))
@@ -274,7 +295,8 @@ def test_workers_fetch_ahead_so_the_loop_says_how_far_it_is():
 def test_states_of_other_samplers_are_refused():
     state = sampler_of('random').state_dict()
     for other, what in ((sampler_of('random', seed=2), 'seed=0, this one has 2'),
-                        (sampler_of('random', bs=9), 'batch_size=16'), (sampler_of('static'), "rule='RandomRule'"), (sampler_of('random', True), 'super_batch=None'),
+                        (sampler_of('random', bs=9), 'batch_size=16'), (sampler_of('static'), "rule='RandomRule'"),
+                        (sampler_of('random', True), 'super_batch=None'),
                         (sampler_of('random', rank=0, world_size=2), 'world_size=1, this one has 2')):
         with pytest.raises(ValueError, match=what): other.load_state_dict(state)
     mine, other = (sampler_of('ucb', rank=r, world_size=2) for r in (0, 1))
@@ -327,6 +349,7 @@ def test_what_is_refused():
         (lambda: CuratedBatchSampler(RandomRule(), 8, cos, n=n), ValueError,
          'a schedule of the filter ratio .* give n_epochs'),
         (lambda: CuratedBatchSampler(InfoBatchRule(), 8, n=n), ValueError, 'InfoBatchRule .* give n_epochs'),
+        (lambda: CuratedBatchSampler(TrustRule(x[:, 0], wider), 8), ValueError, 'a function .* give n_epochs'),
         (lambda: CuratedBatchSampler(RandomRule(), 8, n=n, n_epochs=0), ValueError, 'n_epochs must be a whole number'),
         (lambda: CuratedBatchSampler(RandomRule(), 8, n=n, rank=2, world_size=2), ValueError, 'rank .* from 0 to 1'),
         (lambda: CuratedBatchSampler(RandomRule(), 8, n=n, world_size=2), ValueError, 'both rank and world_size'),
@@ -348,9 +371,12 @@ def test_extreme_sizes():
 
 # Without fastai
 
-@pytest.mark.parametrize('module', ['rules', 'epoch_rules', 'plan', 'epochs', 'sampler'])
-def test_imports_no_fastai(fresh, module):
-    loaded = fresh(f"import json, sys, spectral_curation.train.{module}; print(json.dumps(sorted(sys.modules)))")
+def test_imports_no_fastai(fresh):
+    "Nor do the modules that it is made of: they are all loaded here."
+    loaded = fresh("import json, sys, spectral_curation.train.sampler; import spectral_curation.train.trust_rules; "
+                   "print(json.dumps(sorted(sys.modules)))")
     heavy = {m.split('.')[0] for m in loaded} & {'fastai', 'fastcore', 'matplotlib', 'pandas', 'sklearn', 'torchvision',
                                                 'accelerate', 'lightning', 'transformers'}
-    assert not heavy and f'spectral_curation.train.{module}' in loaded
+    assert not heavy
+    for module in ('rules', 'trust_rules', 'epoch_rules', 'plan', 'epochs'):
+        assert f'spectral_curation.train.{module}' in loaded

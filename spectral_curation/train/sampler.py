@@ -103,7 +103,7 @@ class PlannedSampler(Sampler):
         world_size: Optional[int]=None, # processes that train together; None: those of torch.distributed
         drop_last: bool=False, # leave out a short last batch
         n: Optional[int]=None, # samples in the training set; None: as many as the rule has features or scores
-        n_epochs: Optional[int]=None, # of the training, for schedules and InfoBatch
+        n_epochs: Optional[int]=None, # of the training; schedules and InfoBatch need it
     ):
         _check_rule(rule, filter_ratio, n_epochs)
         self.rule, self.filter_ratio, self.super_batch, self.seed = rule, filter_ratio, super_batch, seed
@@ -148,6 +148,7 @@ def _check_rule(rule: Rule, filter_ratio: Union[float, Callable], n_epochs: Opti
         "Trainer(use_distributed_sampler=False), CuratedBatchSampler shares the samples out by itself")
     if not isinstance(rule, Rule): raise TypeError(f"rule must be a rule such as RandomRule(), got {rule!r}")
     needs = 'a schedule of the filter ratio' if callable(filter_ratio) else (
+        'a trust that is a function' if callable(getattr(rule, 'trust', None)) else
         type(rule).__name__ if isinstance(rule, InfoBatchRule) else '')
     if needs and n_epochs is None: raise ValueError(
         f"{needs} depends on the share of training done: give n_epochs, the number of epochs of the training")
@@ -215,7 +216,8 @@ class CuratedBatchSampler(PlannedSampler):
     ) -> dict: # plain values and tensors
         "The place in training. Worker processes fetch ahead: with them, in the middle of an epoch, say `batches_done`."
         place, next_epoch = self.place, self.place.finished and batches_done is None
-        rule = place.rule if place.plan is not None else deepcopy(self.rule.state_dict())
+        under_way = place.plan is not None and not next_epoch
+        rule = place.rule if under_way else deepcopy(self.rule.state_dict())
         return dict(epoch=place.epoch + next_epoch, begun=(place.begun or place.resumed) and not next_epoch,
                     position=0 if next_epoch else place.position if batches_done is None else batches_done, rule=rule,
                     losses=self.losses.state_dict(), steps=self._steps, rank=self.processes[0],
