@@ -57,8 +57,9 @@ def plot_found(
     most: int=24, # images shown, those of lowest agreement
 ) -> np.ndarray: # of axes
     "The gallery of the issues found. Raises `ValueError` where there is none."
+    if not len(issues.table): raise ValueError("there are no label issues to show: the table is empty")
     top, names = issues.table[:most], np.asarray(dls.vocab)
-    images = _thumbnails(dls, top['index']) if len(top) else []
+    images = _thumbnails(dls, top['index'])
     return show_issues(images, names[top['given']], names[top['proposed']], top['agreement'], title=issues.text())
 
 # %% ../../nbs/lab/05_issues.ipynb #3a158675
