@@ -58,7 +58,9 @@ def learner_features(
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(), frozen_loader(learn.dls, bs) as dl:
-            for batch in dl: model(*(x.to(device) for x in batch[:learn.dls.n_inp]))
+            for b in dl:
+                n_inp = getattr(learn.dls, 'n_inp', max(1, len(b)-1))       # as `Learner` splits a batch
+                model(*(x.to(device) for x in b[:n_inp]))
     finally:
         hook.remove()
         for m, training in modes: m.training = training
@@ -165,7 +167,8 @@ class Agreement(ScheduledRatio, AgreementViews):
         "The rule of this training. `ValueError` where the labels can't be known without opening the samples."
         labels = class_labels(self.dls) if self.labels is None else self.labels
         if labels is None: raise ValueError(
-            "the classes of this training set are not known without opening its samples; give them: labels=")
+            "the training set has no single class per sample, or it is not known without opening the samples; give the "
+            "classes: labels= (of targets with several labels, one of them; of numbers, quantiles)")
         return AgreementRule(features, labels, **self.options)
 
     def watch_loader(self) -> IndexWatch:
