@@ -144,8 +144,8 @@ def test_equal_steps_no_sample_twice_equal_weights(pair, name): check(pair(train
 
 
 @pytest.mark.parametrize('name',
-                         ['random', 'saln', 'agreement', 'jest', 'gstds_super', 'ucb', 'ucb_by_batch', 'infobatch_by_batch',
-                         'short'])
+                         ['random', 'saln', 'agreement', 'jest', 'gstds_super', 'ucb', 'ucb_by_batch',
+                          'infobatch_by_batch', 'short'])
 def test_worker_processes_change_nothing(pair, name):
     got, workers = pair(train, name), pair(train, name, num_workers=1)
     check(workers, twice=name == 'short')

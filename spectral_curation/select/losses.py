@@ -58,13 +58,13 @@ def top_loss_select(
     return _largest(loss, 'learner_loss', filter_ratio).to(device_of(learner_loss))
 
 def small_loss_select(
-    learner_loss: Tensor, # [B] the learner's loss on each sample, any float dtype, finite; an array or a list will do
-    filter_ratio: float=0.8, # share of the batch that is removed, 0 <= filter_ratio < 1
+    losses: Tensor, # [B] the learner's loss on each sample, any float dtype, finite; an array or a list will do
+    filter_ratio: float=0.5, # share of the batch that is removed, 0 <= filter_ratio < 1
 ) -> Tensor: # [n_keep] positions, int64, on the losses' device, smallest loss first
-    """Positions of the smallest learner losses, which wrong labels seldom have (Co-teaching's rule, arXiv 1804.06872);
-    ties go to the earlier position. Raises `TypeError` and `ValueError` as `top_loss_select` does."""
-    loss, = _checked_losses(learner_loss=learner_loss)
-    return _largest(-loss, 'learner_loss', filter_ratio).to(device_of(learner_loss))
+    """Positions of the smallest learner losses (Co-teaching's choice, arXiv 1804.06872); ties go to the earlier
+    position. Raises as `top_loss_select` does."""
+    loss, = _checked_losses(losses=losses)
+    return _largest(-loss, 'losses', filter_ratio).to(device_of(losses))
 
 def rho_select(
     learner_loss: Tensor, # [B] the learner's loss on each sample, finite; an array or a list will do
