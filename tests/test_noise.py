@@ -1,5 +1,6 @@
 "Wrong labels: the shares that are published, and validation and test labels as they are."
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from PIL import Image
 from spectral_curation.lab.config import Config
 from spectral_curation.lab.data import cifar10_dls, digits_dls
 from spectral_curation.lab.label_noise import Noise, read_labels
-from spectral_curation.lab.prepare import make_dls
+from spectral_curation.lab.methods import methods
+from spectral_curation.lab.prepare import make_dls, preparation_of, prepare
+from spectral_curation.lab.run import run_config
 from spectral_curation.train.rows import class_labels
 
 shares = dict(worst=.402, random1=.172, aggregate=.090)     # of wrong labels, CIFAR-10N's paper (arXiv 2110.12088)
@@ -109,3 +112,27 @@ def test_a_runs_data(tmp_path, kind):
     assert sorted(rows(noisy.train)) == sorted(class_labels(noisy).tolist())
     assert class_labels(after).tolist() == class_labels(clean).tolist() == clean.own_labels.tolist()
     for a, b in zip(clean.loaders[1:], noisy.loaders[1:]): assert rows(a) == rows(b)
+
+
+@pytest.mark.parametrize('name', ['fine', 'knn'])
+def test_peers_find_right_labels(tmp_path, name):
+    "From the reference's features and the labels as they are given; prepared once, with SALN and agreement."
+    c = Config(method=name, noise=.3, filter_ratio=.5, device='cpu', cache=str(tmp_path))
+    prepared, dls = prepare(c), make_dls(c)
+    is_right = prepared.labels.numpy() == dls.own_labels
+    assert is_right.mean() == pytest.approx(.7, abs=1e-3)
+    selector = methods[name].make(c, prepared)
+    best = np.argsort(-selector.scores.numpy(), kind='stable')[:len(is_right)//2]
+    assert is_right[best].mean() > .9
+    saln = replace(c, method='saln')
+    assert preparation_of(c) == preparation_of(saln) and prepared.cost == prepare(saln).cost
+
+
+@pytest.mark.parametrize('name', ['fine', 'knn', 'small_loss'])
+def test_runs_of_peers(tmp_path, name):
+    c = Config(method=name, noise=.3, filter_ratio=.5, device='cpu', cache=str(tmp_path), n_train=256, bs=64, epochs=2)
+    record = run_config(c)
+    scored = 256*2 if name == 'small_loss' else 0
+    assert record['config']['method'] == name and record['config']['noise'] == .3
+    assert [h['trained'] for h in record['history']] == [128, 128]
+    assert sum(h['cost'] for h in record['history']) == scored + 3*256
