@@ -10,6 +10,7 @@ __all__ = []
 from .select.ratio import n_keep
 from .select.fiedler import fiedler_vector
 from .select.spectral import fiedler_select
+from .select.agreement import label_agreement, label_issues
 from .select.losses import (jest_select, random_select, rho_select, selective_backprop_select,
                                              top_loss_select)
 # features: a frozen reference, one row a sample
@@ -18,15 +19,16 @@ from .features.reference import reference_features
 # train: selectors as fastai callbacks, and what goes with them
 from .train.selector import BatchSelector, Selector
 from .train.by_index import GSTDS, RandomSubset, SALN
-from .train.by_loss import SelectiveBackprop, TopLoss
+from .train.by_loss import SelectiveBackprop, SmallLoss, TopLoss
 from .train.by_reference import JEST, RHO
 from .train.by_epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning
+from .train.by_agreement import Agreement, TrustedSubset
 from .train.learner import curated_learner
 from .train.scores import early_scores, forgetting_scores, held_out_outputs
 from .train.checkpoint import Checkpoint
 from .train.diagnostics import SelectionLog
 from .train.cached import cache_on_device
-from .train.show import plot_selection
+from .train.show import plot_agreement, plot_selection, show_issues
 # lab: compare methods
 from .lab.data import cifar10_dls, digits_dls, flowers_dls, pets_dls
 from .lab.methods import Method, register

@@ -21,6 +21,7 @@ from torch import nn
 pytest.importorskip('accelerate', reason='training in several processes needs accelerate: pip install accelerate')
 import fastai.distributed  # learn.distrib_ctx
 
+from spectral_curation.select.agreement import label_agreement
 from spectral_curation.train.by_index import GSTDS, RandomSubset, SALN
 from spectral_curation.train.by_loss import SelectiveBackprop, TopLoss
 from spectral_curation.train.by_reference import JEST
@@ -28,6 +29,7 @@ from spectral_curation.train.selector import BatchSelector, Selector
 from spectral_curation.train.checkpoint import Checkpoint
 from spectral_curation.train.diagnostics import SelectionLog
 from spectral_curation.lab.data import digits_dls
+from spectral_curation.train.by_agreement import Agreement
 from spectral_curation.train.by_epoch import DynamicPruning, InfoBatch, StandardShort, StaticPruning
 
 n, bs, epochs = 301, 16, 3
@@ -43,6 +45,8 @@ selectors = dict(
     saln_super=lambda: SALN(.8, features=digits[:n], super_batch=True),
     gstds=lambda: GSTDS(features=digits[:n]),
     gstds_super=lambda: GSTDS(features=digits[:n], super_batch=True),
+    agreement=lambda **kw: Agreement(features=digits[:n], labels=classes[:n], refresh=(.3,), **kw),
+    agreement_super=lambda: Agreement(features=digits[:n], labels=classes[:n], scope='batch', super_batch=True),
     jest=lambda: JEST(.6, method='hard'),
     top_loss_super=lambda: TopLoss(.6, super_batch=True),
     selective_backprop=lambda: SelectiveBackprop(.6, interrupt=4),
@@ -140,8 +144,8 @@ def test_equal_steps_no_sample_twice_equal_weights(pair, name): check(pair(train
 
 
 @pytest.mark.parametrize('name',
-                         ['random', 'saln', 'jest', 'gstds_super', 'ucb', 'ucb_by_batch', 'infobatch_by_batch',
-                         'short'])
+                         ['random', 'saln', 'agreement', 'jest', 'gstds_super', 'ucb', 'ucb_by_batch',
+                          'infobatch_by_batch', 'short'])
 def test_worker_processes_change_nothing(pair, name):
     got, workers = pair(train, name), pair(train, name, num_workers=1)
     check(workers, twice=name == 'short')
@@ -182,6 +186,18 @@ def shared_features(rank, folder):
 def test_features_are_extracted_together(pair, tmp_path):
     (one, a), (other, b) = pair(shared_features, tmp_path)
     assert one == other and torch.equal(a, b) and len([*tmp_path.glob('*.npy')]) == 1
+
+
+def agreed(rank):
+    learn = learner(Agreement(features=digits[:n], labels=classes[:n], refresh=(.3,)), rank)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn)
+    cb = learn.agreement
+    return cb.rule.scores.tolist(), cb.issues().tolist(), cb._refreshed
+def test_agreement_is_the_same_on_both_ranks(pair):
+    "Also computed anew, from the learner's features of the whole training set."
+    one, other = pair(agreed)
+    assert one == other and one[2] == 1
+    assert one[0] != label_agreement(digits[:n], classes[:n]).tolist()
 
 
 def validated(rank):
@@ -237,7 +253,7 @@ def saved(rank, name, path, how):
         except KeyboardInterrupt: return
     return kept.steps, weights(learn)
 
-@pytest.mark.parametrize('name', ['saln', 'jest', 'ucb', 'short'])
+@pytest.mark.parametrize('name', ['saln', 'agreement', 'jest', 'ucb', 'short'])
 def test_stopped_and_continued(pair, tmp_path, name):
     whole = pair(saved, name, tmp_path/'run.pt', 'whole')
     assert pair(saved, name, tmp_path/'run.pt', 'stop') == [None, None]

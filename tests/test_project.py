@@ -92,8 +92,15 @@ def test_arrows_point_down():
 def test_select_needs_torch_and_scipy_alone(wing, allowed):
     for name, file in modules().items():
         if name.startswith(wing + '.'):
-            other = {u.split('.')[0] for u in imports(file, name)} - allowed - {'spectral_curation'} - set(sys.stdlib_module_names)
+            inside = {'sklearn'} if name == 'select.agreement' else set()     # in one function: see the next test
+            other = {u.split('.')[0] for u in imports(file, name)} - allowed - inside - {'spectral_curation'} - set(sys.stdlib_module_names)
             assert not other, (name, other)
+
+
+def test_select_is_imported_without_scikit_learn(fresh):
+    names = [f'spectral_curation.{m}' for m in modules() if m.startswith('select.')]
+    loaded = fresh('import importlib, json, sys\nfor m in sys.argv[1:]: importlib.import_module(m)\nprint(json.dumps(sorted({m.split(".")[0] for m in sys.modules})))', *names)
+    assert {'torch', 'spectral_curation'} <= set(loaded) and not {'sklearn', 'fastai', 'fastcore', 'pandas'} & set(loaded)
 
 
 def test_an_arrow_that_points_up_is_found(tmp_path):

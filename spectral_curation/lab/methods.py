@@ -124,6 +124,15 @@ def _make_static(config, prepared):
     from spectral_curation.train.by_epoch import StaticPruning
     return StaticPruning(prepared.scores, config.filter_ratio, seed=config.seed)
 
+def _by_label_scores(function: str) -> Callable:
+    "A factory of selectors that keep the labels of highest score, by a function of `select.label_scores`."
+    def make(config, prepared):
+        from spectral_curation.select import label_scores
+        from spectral_curation.train.by_epoch import StaticPruning
+        scores = getattr(label_scores, function)(prepared.features, prepared.labels)
+        return StaticPruning(scores, config.filter_ratio, seed=config.seed)
+    return make
+
 # %% ../../nbs/lab/02_methods.ipynb #e4f9b83e
 _by_index, _by_losses = ('before_decode', 'super_batch'), ('super_batch',)
 _baseline = dict(random_subset_control='', looks_at='nothing')
@@ -162,6 +171,8 @@ register(Method('rho', _by_loss('RHO'), 'RHO-LOSS: largest learner loss minus re
 register(Method('selective_backprop', _by_loss('SelectiveBackprop'), 'selective backprop: drawn by percentile of loss',
                 callback='SelectiveBackprop', source='1910.00762', **_losses))
 register(Method('top_loss', _by_loss('TopLoss'), 'largest loss', callback='TopLoss', **_losses))
+register(Method('small_loss', _by_loss('SmallLoss'), 'smallest loss, as Co-teaching',
+                callback='SmallLoss', source='1804.06872', **_losses))
 
 # %% ../../nbs/lab/02_methods.ipynb #70dc8382
 _of_epoch = dict(random_subset_control='random_dynamic', full_steps=True)
@@ -180,6 +191,12 @@ register(Method('grand', _make_static, 'GraNd: largest gradient early in trainin
                 looks_at='scores', source='2107.07075', needs='grand', **_once))
 register(Method('forgetting', _make_static, 'forgetting: forgotten most often',
                 looks_at='scores', source='1812.05159', needs='forgetting', **_once))
+
+_of_labels = dict(looks_at='features and labels', needs='features', options=('reference', 'reference_size'), **_once)
+register(Method('fine', _by_label_scores('fine_scores'), 'FINE: nearest to the first direction of their class',
+                source='2102.11628', **_of_labels))
+register(Method('knn', _by_label_scores('knn_vote'), 'labels that most of the nearest neighbors share',
+                source='2110.06283', **_of_labels))
 
 # %% ../../nbs/lab/02_methods.ipynb #a44b60c4
 _built_in = dict(methods)

@@ -18,7 +18,7 @@ import torch, torchvision, numpy as np
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import no_random, set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from ..features.weights import head_name
 from ..features.extract import frozen_loader
@@ -160,6 +160,7 @@ class Prepared(NamedTuple):
     "The data a method gets in addition to its configuration, with their cost and time."
     features: Optional[np.ndarray]=None  # [N, d], memory-mapped: of the reference, for methods that need features
     scores: Optional[np.ndarray]=None    # [N] numbers about the training samples, or [N, C] held-out outputs
+    labels: Optional[Tensor]=None        # [N] classes that the training set gives, with features; None: no single class
     cost: float=0.                       # in learner forward passes over one sample
     seconds: float=0.                    # wall time: of scores, when they were made; of features, now
 
@@ -182,4 +183,4 @@ def prepare(
     features = reference_features(dls, reference, size=c.reference_size, cache=c.cache or True, progress=progress)
     seconds = time.perf_counter() - start
     cost = reference_cost(_learner(c, dls), reference, c.reference_size)
-    return Prepared(features=features, cost=cost, seconds=seconds)
+    return Prepared(features=features, labels=class_labels(dls), cost=cost, seconds=seconds)

@@ -13,6 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from ..select.agreement import batch_agreement, class_codes, graph_agreement
+from ..select.label_scores import noise_share
 from .rules import BatchRule, FeatureRule
 
 # %% ../../nbs/train/00_trust_rules.ipynb #tr000006
@@ -130,12 +131,6 @@ class TrustRule(BatchRule):
         self.set_scores(state['scores'])
 
 # %% ../../nbs/train/00_trust_rules.ipynb #tr000015
-def _agreement_with(features, labels: Tensor, n_components: Optional[int], balance: float, fit: str):
-    if fit == 'least_squares': return graph_agreement(features, labels, n_components, balance)
-    from spectral_curation.select.label_scores import logistic_agreement
-    if fit == 'logistic' and not balance: return logistic_agreement(features, labels, n_components or 256)
-    raise ValueError(f"fit must be least_squares, or logistic without balance; got {fit!r} and balance={balance}")
-
 class AgreementRule(FeatureRule, TrustRule):
     "Draw uniformly among the samples whose label the similarity graph supports (ours)."
     def __init__(self,
@@ -154,7 +149,8 @@ class AgreementRule(FeatureRule, TrustRule):
             raise ValueError("within_classes, balance, fit and trust='estimated' look at all labels, so they need "
                              "scope='dataset'; got scope='batch'")
         FeatureRule.__init__(self, features)
-        self.codes, self.scope = class_codes(labels, len(self.features))[0], scope
+        self.codes, self.classes = class_codes(labels, len(self.features))
+        self.scope = scope
         self.options = dict(n_components=n_components, balance=balance, fit=fit)
         self.estimated = trust == 'estimated'
         self.trust, self.share_done = 1. if self.estimated else check_trust(trust), 0.
@@ -165,9 +161,8 @@ class AgreementRule(FeatureRule, TrustRule):
         features: Union[np.ndarray, Tensor], # [N, d]
     ) -> None:
         "Compute agreement from these features, and choose by it from now on."
-        self.agreement = _agreement_with(features, self.codes, **self.options)
+        self.agreement = graph_agreement(features, self.codes, **self.options)._replace(classes=self.classes)
         if self.estimated:
-            from spectral_curation.select.label_scores import noise_share
             self.trust = max(1 - noise_share(self.agreement), 1/len(self.codes))
         self.set_scores(self.agreement.value)
 
@@ -186,12 +181,15 @@ class AgreementRule(FeatureRule, TrustRule):
         return (TrustRule if self.scope == 'dataset' else FeatureRule).batches_per_call(self, batch_size)
 
     def state_dict(self) -> dict:
-        "The scores, which may have been computed anew, and the share that is trusted."
+        "The agreement, which may have been computed anew, and the share that is trusted."
         if self.scope == 'batch': return {}
-        return TrustRule.state_dict(self) | (dict(trust=self.trust) if self.estimated else {})
+        state = dict(agreement=tuple(self.agreement[:-1]))      # without the classes, which stay
+        return state | (dict(trust=self.trust) if self.estimated else {})
     def load_state_dict(self,
         state: dict, # from `state_dict`
     ) -> None:
         "Continue from `state`."
+        if self.scope == 'batch': return
         self.trust = state.get('trust', self.trust)
-        TrustRule.load_state_dict(self, state)
+        self.agreement = type(self.agreement)(*state['agreement'], self.classes)
+        self.set_scores(self.agreement.value)
