@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from ..select.agreement import label_issues
 from ..train.rows import class_labels
-from ..train.show import plot_issues
+from ..train.show import show_issues
 from .methods import method_named
 from .config import Config
 from .prepare import make_dls, prepare
@@ -57,9 +57,10 @@ def plot_found(
     most: int=24, # images shown, those of lowest agreement
 ) -> np.ndarray: # of axes
     "The gallery of the issues found. Raises `ValueError` where there is none."
+    if not len(issues.table): raise ValueError("there are no label issues to show: the table is empty")
     top, names = issues.table[:most], np.asarray(dls.vocab)
-    images = _thumbnails(dls, top['index']) if len(top) else []
-    return plot_issues(images, names[top['given']], names[top['proposed']], top['agreement'], issues.text())
+    images = _thumbnails(dls, top['index'])
+    return show_issues(images, names[top['given']], names[top['proposed']], top['agreement'], title=issues.text())
 
 # %% ../../nbs/lab/05_issues.ipynb #3a158675
 def issues_of(

@@ -14,6 +14,7 @@ from typing import Callable, Optional, Union
 
 from .methods import cost_share, method_named
 from .config import Config, dataset_defaults, mean_ratio
+from .noise_runs import noise_runs, noise_settings
 from .results import read_records
 
 # %% ../../nbs/lab/16_papers.ipynb #d05e99aa
@@ -64,9 +65,10 @@ def paper_values() -> 'pandas.DataFrame': # columns table, dataset, method, metr
 _cpu = dict(
     cifar10=dict(epochs=2, size=32, lr=.01, n_valid=2000, reference_size=64),
     flowers=dict(epochs=10, size=96, lr=.01, n_valid=510, n_test=2000),
-    pets=dict(epochs=10, size=96, lr=.01))
+    pets=dict(epochs=10, size=96, lr=.01),
+    imagenette=dict(epochs=4, size=64, lr=.02, reference_size=64))
 
-scales = dict(paper=dict(seeds=5, cifar10={}, flowers={}, pets={}), cpu=dict(seeds=3, **_cpu))
+scales = dict(paper=dict(seeds=5, cifar10={}, flowers={}, pets={}, imagenette={}), cpu=dict(seeds=3, **_cpu))
 
 rates = .001, .003, .01, .03
 
@@ -125,13 +127,13 @@ def _ablation(c: Config, seeds: int) -> list[Config]:
     one += [replace(c, n_train=None, imbalance=.02) for c in long_tail]
     return [replace(r, seed=s) for s in range(seeds) for r in one]
 
-experiments: dict[str, Callable] = dict(tables=_tables, budget=_budget, ablation=_ablation, rate=_rate)
+experiments: dict[str, Callable] = dict(tables=_tables, budget=_budget, ablation=_ablation, rate=_rate, noise=noise_runs)
 
 # %% ../../nbs/lab/16_papers.ipynb #6d53673b
 def experiment_configs(
-    dataset: str, # cifar10, flowers or pets
+    dataset: str, # cifar10, flowers, pets or imagenette
     scale: str='cpu', # cpu or paper
-    experiment: str='tables', # tables, budget, ablation (cifar10) or rate
+    experiment: str='tables', # tables, budget, ablation (cifar10), rate or noise
     seeds: Optional[int]=None, # number of seeds, at least 1; None: the scale's
     **config # other fields of `Config`: weights, reference, root, ...; None: the experiment's
 ) -> list[Config]: # seeds outermost
@@ -142,6 +144,8 @@ def experiment_configs(
         if given not in allowed: raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {given!r}")
     if experiment == 'ablation' and dataset != 'cifar10':
         raise ValueError(f"'ablation' is an experiment on cifar10; got {dataset!r}")
+    if experiment == 'noise' and dataset not in noise_settings:
+        raise ValueError(f"'noise' is an experiment on {', '.join(noise_settings)}; got {dataset!r}")
     settings = dict(weights='imagenet') | scales[scale][dataset] | {k: v for k, v in config.items() if v is not None}
     if experiment == 'budget':
         settings |= dict(epochs=budget_epochs.get(scale, {}).get(dataset, settings.get('epochs')))
@@ -150,9 +154,9 @@ def experiment_configs(
     return list({c.key: c for c in runs}.values())
 
 def experiment_folder(
-    dataset: str, # cifar10, flowers or pets
+    dataset: str, # cifar10, flowers, pets or imagenette
     scale: str, # cpu or paper
-    experiment: str, # tables, budget, ablation or rate
+    experiment: str, # tables, budget, ablation, rate or noise
     folder: Union[str, Path, None]=None, # that holds all; None: `results` here, or nbs/experiments/results
 ) -> Path: # the folder with results.jsonl
     "Where the result records of an experiment lie."
@@ -161,9 +165,9 @@ def experiment_folder(
     return folder/f'{dataset}-{scale}-{experiment}'
 
 def experiment_rows(
-    dataset: str, # cifar10, flowers or pets
+    dataset: str, # cifar10, flowers, pets or imagenette
     scale: str='cpu', # cpu or paper
-    experiment: str='tables', # tables, budget, ablation or rate
+    experiment: str='tables', # tables, budget, ablation, rate or noise
     folder: Union[str, Path, None]=None, # as for `experiment_folder`
 ) -> list[dict]: # empty where it has not been run
     "The result records of an experiment."

@@ -21,7 +21,8 @@ def check_loader(
     if not isinstance(dl, DataLoader):
         raise TypeError("data selection needs a fastai DataLoader to know which samples a batch holds, got a "
                         f"{type(dl).__module__}.{type(dl).__name__}; wrap its data set: "
-                        "DataLoaders.from_dsets(train_ds, valid_ds)")
+                        "DataLoaders.from_dsets(train_ds, valid_ds); or keep it, without this callback, and give it "
+                        "batch_sampler=CuratedBatchSampler(rule, batch_size) of spectral_curation.train.sampler")
     if dl.indexed and dl.n is not None and dl.bs is not None: return
     data = type(getattr(dl, 'dataset', None))
     raise TypeError("data selection needs a data set with a length and an index, read in batches (bs); this DataLoader "
