@@ -1,4 +1,4 @@
-"References: EfficientNet-Lite0 without a download, torchvision's and timm's models, the learner's own start, precision."
+"References: EfficientNet-Lite0 without a download, models of torchvision and timm, the learner's own start, precision."
 import sys, tarfile
 from collections import defaultdict
 
@@ -84,8 +84,8 @@ def rgb(file):
     image = Image.open(file).convert('RGB').resize((128, 128), Image.BILINEAR)
     return torch.tensor(np.array(image)).permute(2, 0, 1)/255
 
-one_of_each_family = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t
-    mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t
+one_of_each_family = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3
+    maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t
     swin_v2_t vgg11 vit_b_16""".split()
 
 @pytest.mark.parametrize('name', one_of_each_family)
@@ -146,7 +146,7 @@ def test_errors_about_timm(monkeypatch):
 def test_a_real_timm_model(monkeypatch):
     timm = pytest.importorskip('timm', reason='timm is no requirement')
     create = timm.create_model
-    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, num_classes: create(name, num_classes=num_classes))
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **options: create(name, **options))
     ref = Reference('timm:resnet26')
     with ref.frozen(torch.device('cpu')): assert ref(torch.rand(2, 3, 64, 64)).shape == (2, 2048)
     assert ref.stats == ((.485, .456, .406), (.229, .224, .225))

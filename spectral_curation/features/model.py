@@ -98,7 +98,7 @@ class Reference(ReferenceInput):
     name, an unfit file or a size below 1, `FileNotFoundError` for weights that can't be found, `ImportError` for
     'efficientnet_lite0' or a model of timm without their packages."""
     def __init__(self,
-        reference: Union[str, Path, nn.Module], # torchvision's or timm's name, 'efficientnet_lite0', file, 'pixels', module
+        reference: Union[str, Path, nn.Module], # torchvision or timm name, 'efficientnet_lite0', file, 'pixels', module
         size: Optional[int]=None, # side in pixels to which images are resized for the reference; None: as they are
     ):
         if size is not None and size < 1:
