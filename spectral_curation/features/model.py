@@ -43,11 +43,10 @@ def _opened(reference: Union[str, Path, nn.Module]) -> tuple[nn.Module, str, str
                                          "and `curate` know; elsewhere pass start_reference(learn.model)")
     if is_file: model = load_weights(torchvision.models.get_model(name), reference)
     elif name == 'efficientnet_lite0': model, stats = efficientnet_lite0(), _lite
-    elif is_timm(name):
-        model = timm_features(name)
-        stats = tuple(tuple(model.pretrained_cfg[key]) for key in ('mean', 'std'))
+    elif is_timm(name): model, stats = timm_features(name), None
     else: model = pretrained(name)
-    if not is_timm(name): model.set_submodule(head_name(model), nn.Identity())
+    if stats is None: stats = tuple(tuple(model.pretrained_cfg[key]) for key in ('mean', 'std'))
+    else: model.set_submodule(head_name(model), nn.Identity())
     # the model is ours, so its layout is ours to choose: a third faster or more
     return model.to(memory_format=torch.channels_last), name, 'unit', stats
 

@@ -131,9 +131,9 @@ def is_timm(
     "Is it `timm:NAME`, or a name that timm, if it is installed, knows and torchvision doesn't?"
     if name.startswith('timm:'): return True
     if name in torchvision.models.list_models(module=torchvision.models): return False
-    try: import timm
+    try: from timm import is_model
     except ImportError: return False
-    return timm.is_model(name)
+    return is_model(name)
 
 def timm_features(
     name: str, # of a timm model, e.g. 'timm:convnext_nano'

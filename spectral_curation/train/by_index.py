@@ -81,7 +81,7 @@ class FeatureSelector(IndexSelector):
     rule = _features = _source = None       # _features: rows of the training set; _source: what they were made from
     def __init__(self,
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
-        reference: Union[str, Path, nn.Module, None]=None, # as for `reference_features`; start; None: the data's default
+        reference: Union[str, Path, nn.Module, None]=None, # as for `reference_features`, or start; None: the default
         features: Union[np.ndarray, Tensor, list, None]=None, # [N, d], instead of a reference: row i is sample i's
         size: Optional[int]=None, # side in pixels to which the reference's images are resized; None: as they are loaded
         cache: Union[str, Path, bool]=True, # where features are kept, as for `reference_features`
