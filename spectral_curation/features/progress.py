@@ -35,8 +35,10 @@ class Progress:
         total: int, # pieces of work
         what: str='', # what is counted
         show: bool=True, # False: hidden
+        unit: str='', # of the pieces, to show how many are done in a second; '': don't
     ):
-        self.total, self.what, self.show, self.done, self.comment = total, what, show, 0, ''
+        self.total, self.what, self.show, self.unit = total, what, show, unit
+        self.done, self.comment = 0, ''
 
     def start(self) -> 'Progress':
         "Show the bar. A `with` block does this and `stop`."
@@ -70,11 +72,20 @@ class Progress:
         "Print a plain line where there is no bar; a bar shows the same by itself."
         if self.kind == 'lines': print(line, file=sys.stderr, flush=True)
 
+    def report_time(self) -> None:
+        "Report the count and the time, where that was longer than ten seconds and this is no part of other work."
+        spent = time.monotonic() - self.started
+        if spent <= 10 or len(_open_bars) > 1: return
+        rate = f' ({self.done/spent:.3g} {self.unit}/s)' if self.unit else ''
+        self.report(f'{self.what}: {self.done} in {clock(spent)}{rate}')
+
     def text(self) -> str: # without the bar
-        "The name, the count, the time spent and the estimated time left."
+        "The name, the count, the time spent and the estimated time left, and the speed where there is a unit."
         spent = time.monotonic()-self.started
+        rate = f'{self.done/max(spent, 1e-9):.3g} {self.unit}/s' if self.unit and self.done else ''
         left = clock(spent/self.done*(self.total-self.done)) if self.done else '?'
-        return ' '.join(filter(None, (self.what, f'{self.done}/{self.total}', f'{clock(spent)}<{left}', self.comment)))
+        return ' '.join(filter(None, (self.what, f'{self.done}/{self.total}', f'{clock(spent)}<{left}', rate,
+                                     self.comment)))
 
     def _draw(self) -> None:
         if self.kind not in _draw_line: return
@@ -114,5 +125,4 @@ def track(
         for o in items:
             yield o
             progress.advance()
-        seconds = time.monotonic() - progress.started
-        if seconds > 10 and len(_open_bars) == 1: progress.report(f'{what}: {progress.done} in {clock(seconds)}')
+        progress.report_time()

@@ -6,7 +6,7 @@
 __all__ = ['FeatureSource', 'default_reference', 'default_cache', 'reference_features']
 
 # %% ../../nbs/features/08_reference.ipynb #765752fc
-import json, math, os, secrets
+import json, math, os, re, secrets
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .store import StaleFeatures, check_features, locked
 from .shards import (FeatureReader, Shards, checked_features, extract_shards, merge_shards,
                                                missing_shards)
 from .model import Reference
-from .extract import feature_batches
+from .extract import check_precision, feature_batches
 
 # %% ../../nbs/features/08_reference.ipynb #9dab6673
 def default_reference(
@@ -99,6 +99,7 @@ def reference_features(
     device: Optional[torch.device]=None, # None: the loader's
     progress: bool=True, # show a progress bar
     shard: int=1024, # rows that a crash can cost, in whole batches: a minute of a ResNet-50 on a few CPU cores
+    precision: str='float32', # of the forward pass: float32, or float16 or bfloat16 by torch.autocast
 ) -> np.ndarray: # [N, d], row i belongs to sample i of the training set; a tensor where one was given
     """Features of the whole training set from a frozen reference (SALN, arXiv 2412.17069, step 1), from the cache where
     it is valid. An interrupted extraction is resumed, and two processes do not do the same work twice. Under
@@ -108,17 +109,20 @@ def reference_features(
     that can only be iterated, `PermissionError` for a cache folder that can't be written."""
     n = n_samples(dls.train.dataset)
     if not _is_model(reference): return check_features(reference, n)
-    if dtype not in ('float32', 'float16'): raise ValueError(f"dtype must be float32 or float16, got {dtype!r}")
+    check_precision(dtype, 'dtype', ('float32', 'float16'))
+    check_precision(precision)
     for name, value in dict(shard=shard, bs=bs, samples=n).items():
         if value < 1: raise ValueError(f"{name} is a number of rows, at least 1; got {value}")
     with all_or_none(process_rank()[1] if cache else 1, 'the reference could not be prepared'):
         ref = Reference(default_reference(dls) if reference is None else reference, size)
-        read = partial(feature_batches, dls, ref, bs, device, progress=progress)
+        read = partial(feature_batches, dls, ref, bs, device, progress=progress, precision=precision)
         if cache is False: return check_features(np.concatenate([b.astype(dtype) for b in read()]), n)
         meta = dict(reference=ref.name, weights=model_fingerprint(ref.model), size=size,
                     data=dataset_fingerprint(dls.train.dataset), n=n, dtype=dtype)
+        if precision != 'float32': meta['precision'] = precision
         folder = default_cache() if cache is True else Path(cache).expanduser()
-    path = folder/f"{ref.name}-{fingerprint(json.dumps(meta))[:12]}.npy"
+    name = re.sub(r'[^\w.-]', '-', ref.name)       # 'timm:resnet26', with a colon, is no file's name everywhere
+    path = folder/f"{name}-{fingerprint(json.dumps(meta))[:12]}.npy"
     return _extracted(Shards(path, meta, math.ceil(shard/bs)*bs), read)
 
 def _is_model(reference) -> bool:

@@ -15,6 +15,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from ..select.ratio import check_filter_ratio
+from ..features.model import start_reference
 from ..features.reference import reference_features
 from .rules import BatchRule, FiedlerRule, RandomRule, check_graph_options, feature_rows
 from .plan import Plan, plan_batches
@@ -72,13 +73,15 @@ class RandomSubset(IndexSelector):
 
 # %% ../../nbs/train/11_by_index.ipynb #4403db43
 class FeatureSelector(IndexSelector):
-    "Base of the selectors whose rule reads a reference's features. Subclasses make the rule, in `make_rule`."
+    """Base of the selectors whose rule reads a reference's features. Subclasses make the rule, in `make_rule`.
+    `reference='start'` is the learner's own model as it is at the first training; its cost is that epoch's."""
     not_exported = 'reference', 'features'
     of_one_training = *IndexSelector.of_one_training, 'rule', '_features', '_source'
+    _unpaid = 0             # forward passes of the learner's own start, until an epoch counts them
     rule = _features = _source = None       # _features: rows of the training set; _source: what they were made from
     def __init__(self,
         filter_ratio: float=0.8, # share of each batch that is removed, 0 <= filter_ratio < 1
-        reference: Union[str, Path, nn.Module, None]=None, # as for `reference_features`; None: what the data ask for
+        reference: Union[str, Path, nn.Module, None]=None, # as for `reference_features`, or start; None: the default
         features: Union[np.ndarray, Tensor, list, None]=None, # [N, d], instead of a reference: row i is sample i's
         size: Optional[int]=None, # side in pixels to which the reference's images are resized; None: as they are loaded
         cache: Union[str, Path, bool]=True, # where features are kept, as for `reference_features`
@@ -101,6 +104,8 @@ class FeatureSelector(IndexSelector):
         source = (self.reference, self.size) if self.features is None else self.features
         if self._features is None or not same_source(self._source, source):
             rows = self.reference if self.features is None else feature_rows(self.features)
+            if isinstance(rows, str) and rows == 'start':
+                rows, self._unpaid = start_reference(self.learn.model), len(self.dls.train.dataset)
             self._features = reference_features(self.dls, rows, size=self.size, cache=self.cache)
             self._source = source
         self.rule = self.make_rule(self._features)
@@ -108,6 +113,8 @@ class FeatureSelector(IndexSelector):
 
     def watch_loader(self) -> IndexWatch:
         if self.rule is not None: self.rule.to(self.dl.device or 'cpu')
+        self.extra_cost += self._unpaid
+        if not hasattr(self.learn, 'lr_finder'): self._unpaid = 0
         return super().watch_loader()
 
     def batch_features(self,
