@@ -35,7 +35,7 @@ def needs(package):
 def test_stateful_data_loader(name, num_workers):
     "The loader saves the sampler's state with its own; worker processes fetch ahead, and the place is still right."
     loading = pytest.importorskip('torchdata.stateful_dataloader', reason='torchdata is not installed')
-    if name == 'ucb' and num_workers: pytest.skip('losses are not known ahead, as the sampler says in its documentation')
+    if name == 'ucb' and num_workers: pytest.skip('losses are not known when a batch is fetched ahead')
     def read(loader, sampler, epochs, stop=None):
         kept, state = [], None
         for e in range(epochs):
@@ -113,7 +113,8 @@ def bert_trainer(sampler, folder, **kw):
     tokens = torch.randint(0, 50, (n, 6), generator=torch.Generator().manual_seed(0))
     texts = [dict(input_ids=t.tolist(), labels=int(t[0] > 25), idx=i) for i, t in enumerate(tokens)]
     torch.manual_seed(0)
-    model = WithIndex(BertConfig(50, 16, 1, 2, 16, max_position_embeddings=8))
+    model = WithIndex(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 intermediate_size=16, max_position_embeddings=8))
     args = TrainingArguments(str(folder), num_train_epochs=3, report_to=[], use_cpu=True, disable_tqdm=True,
                              remove_unused_columns=False, **(dict(save_strategy='no') | kw))
     return Curated(model, args, train_dataset=texts)
@@ -122,12 +123,14 @@ def test_hugging_face_trainer(tmp_path):
     direct = sampler_of('fiedler')
     trainer = bert_trainer(sampler_of('fiedler'), tmp_path)
     trainer.train()
-    assert trainer.kept == list(chain(*(list(direct) for _ in range(3)))) and trainer.state.global_step == len(trainer.kept)
+    assert trainer.kept == list(chain(*(list(direct) for _ in range(3))))
+    assert trainer.state.global_step == len(trainer.kept) == 24
 
 
 def test_hugging_face_trainer_resumes(tmp_path):
     "In the middle of the second epoch: `Trainer` skips what it has read."
-    whole = bert_trainer(sampler_of('fiedler'), tmp_path, save_strategy='steps', save_steps=len(sampler_of('fiedler'))+3)
+    steps = len(sampler_of('fiedler'))
+    whole = bert_trainer(sampler_of('fiedler'), tmp_path, save_strategy='steps', save_steps=steps+3)
     whole.train()
     done = whole.args.save_steps
     rest = bert_trainer(sampler_of('fiedler'), tmp_path)
@@ -176,7 +179,7 @@ def train(net, opt, name, backward):
 def report(**what): print('\\n' + json.dumps(what), flush=True)
 """
 
-def in_two_processes(code, folder, seconds=120):
+def in_two_processes(code, folder, seconds=300):
     "Run a script as ranks 0 and 1; what each printed last. A hang, or an error on one, fails with what both said."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -237,7 +240,7 @@ def test_two_processes_of_plain_pytorch(tmp_path):
 
 
 def test_two_processes_of_accelerate(tmp_path):
-    "The sampler shares out by itself; a loader that is prepared, and so shared out twice, is refused by accelerate."
+    "The sampler shares out by itself; a loader that is prepared, and so shared out twice, is refused."
     needs('accelerate')
     ranks = in_two_processes("""
         from accelerate import Accelerator
@@ -246,13 +249,13 @@ def test_two_processes_of_accelerate(tmp_path):
         net, opt = accelerator.prepare(net := nn.Linear(5, 2), torch.optim.SGD(net.parameters(), .1))
         results = {name: train(net, opt, name, accelerator.backward) for name in ('fiedler', 'ucb')}
         try: accelerator.prepare(DataLoader(data, batch_sampler=sampler_of('random')))
-        except ValueError as e: error = str(e)
+        except RuntimeError as e: error = str(e)
         report(results=results, error=error, world=accelerator.num_processes)
         accelerator.end_training()
         """, tmp_path)
     assert ranks[0]['world'] == 2
     for name in ('fiedler', 'ucb'): check_ranks([r['results'][name] for r in ranks])
-    assert all('even_batches' in r['error'] for r in ranks)
+    assert all('leave the loader out of prepare' in r['error'] for r in ranks)
 
 
 def test_two_processes_of_lightning(tmp_path):
@@ -274,13 +277,14 @@ def test_two_processes_of_lightning(tmp_path):
             def train_dataloader(self): return DataLoader(data, batch_sampler=self.curated)
         def fit(name, **kw):
             module = Module(name)
-            lightning.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_epochs=3, logger=False, enable_progress_bar=False,
-                              enable_model_summary=False, enable_checkpointing=False, **kw).fit(module)
+            lightning.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_epochs=3, logger=False,
+                              enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                              **kw).fit(module)
             history = getattr(module.curated.rule, 'history', None)
             return dict(kept=module.kept, history=None if history is None else history.mean.tolist())
         results = {name: fit(name, use_distributed_sampler=False) for name in ('fiedler', 'ucb')}
         try: fit('fiedler')
-        except TypeError as e: error = str(e)
+        except RuntimeError as e: error = str(e)
         report(results=results, error=error)
         """, tmp_path)
     for name in ('fiedler', 'ucb'): check_ranks([r['results'][name] for r in ranks])

@@ -91,7 +91,6 @@ class _Place:
 # %% ../../nbs/train/22_sampler.ipynb #b9f023d2
 class PlannedSampler(Sampler):
     "Arguments of a `CuratedBatchSampler`, and the plan of each epoch."
-    batch_size = None       # batches differ in size; frameworks that read a number here leave out all of another size
     def __init__(self,
         rule: Rule, # chooses the samples: a batch rule or an epoch rule
         batch_size: int, # of one process; candidates, or samples kept with super_batch
@@ -123,6 +122,14 @@ class PlannedSampler(Sampler):
         return process_rank() if self._processes[0] is None else self._processes
 
     @property
+    def batch_size(self) -> None:
+        "None: batches differ in size, see `size`. `RuntimeError` with several processes."
+        if self.processes[1] > 1: raise RuntimeError(
+            "CuratedBatchSampler shares the samples out to the processes by itself; don't let a framework do it again. "
+            "accelerate: leave the loader out of prepare(...). Lightning: Trainer(use_distributed_sampler=False). "
+            "Hugging Face: return the loader from Trainer.get_train_dataloader without accelerator.prepare")
+
+    @property
     def sampler(self) -> Sampler:
         "Itself: Lightning looks here for `set_epoch`."
         return self
@@ -143,9 +150,6 @@ class PlannedSampler(Sampler):
 
 def _check_rule(rule: Rule, filter_ratio: Union[float, Callable], n_epochs: Optional[int]) -> None:
     "`TypeError` for what is no rule, `ValueError` for one that needs the number of epochs."
-    if isinstance(rule, Sampler): raise TypeError(
-        f"rule must be a rule such as RandomRule(), got a sampler, {type(rule).__name__}. If Lightning put it there: "
-        "Trainer(use_distributed_sampler=False), CuratedBatchSampler shares the samples out by itself")
     if not isinstance(rule, Rule): raise TypeError(f"rule must be a rule such as RandomRule(), got {rule!r}")
     needs = 'a schedule of the filter ratio' if callable(filter_ratio) else (
         'a trust that is a function' if callable(getattr(rule, 'trust', None)) else
