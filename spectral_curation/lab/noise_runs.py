@@ -25,7 +25,7 @@ def _methods(c: Config, *names: str) -> list[Config]: return [replace(c, method=
 def _of_cifar10(c: Config, seeds: int) -> list[Config]:
     "The main runs with each seed, the others with the first."
     worst = replace(c, labels='worst')
-    right, short, long = replace(c, label_file=None, epochs=4), replace(worst, epochs=1), replace(worst, epochs=4)
+    right, short, long = replace(c, labels=None, label_file=None, epochs=4), replace(worst, epochs=1), replace(worst, epochs=4)
     main = [*_with_controls(long, .43), *_with_controls(short, .22), *_methods(short, 'random', 'oracle'),
             replace(right, method='random'), replace(right, method='agreement', trust='estimated')]
     agreement = replace(short, method='agreement')
@@ -34,7 +34,7 @@ def _of_cifar10(c: Config, seeds: int) -> list[Config]:
             *_methods(long, 'random', 'oracle'), replace(long, method='agreement', refresh='0.25')]
     for labels in ('random1', 'aggregate'): once += _methods(replace(short, labels=labels), 'random', 'agreement')
     once += _methods(replace(worst, n_train=9000, epochs=20), 'random', 'agreement', 'oracle')
-    similar = replace(c, label_file=None, epochs=1, noise=.4, noise_kind='similar')
+    similar = replace(c, labels=None, label_file=None, epochs=1, noise=.4, noise_kind='similar')
     tail = replace(right, noise=.3, imbalance=.02)
     once += _methods(similar, 'random', 'agreement', 'oracle') + _methods(tail, 'random', 'agreement', 'oracle')
     once += [replace(tail, method='agreement', balance=.5),
@@ -58,6 +58,6 @@ def noise_runs(
     "All runs of the experiment on a data set. Raises `KeyError` for one that it does not have."
     setting = dict(form='super_batch', filter_ratio=.5, annealing='one_cycle', lr=.02, decoded=True)
     setting |= dict(n_valid=None, n_test=None)
-    if config.dataset != 'cifar10': setting |= dict(label_file=None)
+    if config.dataset != 'cifar10': setting |= dict(labels=None, label_file=None)
     base = replace(config, **setting | noise_settings[config.dataset])
     return dict(cifar10=_of_cifar10, imagenette=_of_imagenette, pets=_of_pets)[config.dataset](base, seeds)
