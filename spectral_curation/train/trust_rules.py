@@ -12,7 +12,9 @@ from typing import Any, Callable, Optional, Union
 import numpy as np, torch
 from torch import Tensor
 
-from ..select.agreement import batch_agreement, class_codes, graph_agreement
+from ..select.label_graph import class_codes
+from ..select.agreement import batch_agreement, graph_agreement
+from ..select.label_scores import noise_share
 from .rules import BatchRule, FeatureRule
 
 # %% ../../nbs/train/00_trust_rules.ipynb #tr000006
@@ -130,12 +132,6 @@ class TrustRule(BatchRule):
         self.set_scores(state['scores'])
 
 # %% ../../nbs/train/00_trust_rules.ipynb #tr000015
-def _agreement_with(features, labels: Tensor, n_components: Optional[int], balance: float, fit: str):
-    if fit == 'least_squares': return graph_agreement(features, labels, n_components, balance)
-    from spectral_curation.select.label_scores import logistic_agreement
-    if fit == 'logistic' and not balance: return logistic_agreement(features, labels, n_components or 256)
-    raise ValueError(f"fit must be least_squares, or logistic without balance; got {fit!r} and balance={balance}")
-
 class AgreementRule(FeatureRule, TrustRule):
     "Draw uniformly among the samples whose label the similarity graph supports (ours)."
     def __init__(self,
@@ -165,10 +161,8 @@ class AgreementRule(FeatureRule, TrustRule):
         features: Union[np.ndarray, Tensor], # [N, d]
     ) -> None:
         "Compute agreement from these features, and choose by it from now on."
-        self.agreement = _agreement_with(features, self.codes, **self.options)
-        if self.estimated:
-            from spectral_curation.select.label_scores import noise_share
-            self.trust = max(1 - noise_share(self.agreement), 1/len(self.codes))
+        self.agreement = graph_agreement(features, self.codes, **self.options)
+        if self.estimated: self.trust = max(1 - noise_share(self.agreement), 1/len(self.codes))
         self.set_scores(self.agreement.value)
 
     def scores_and_trust(self,
