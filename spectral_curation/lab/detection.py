@@ -45,7 +45,7 @@ def detection_table(
     features: Any, # [N, d] of a reference, floating point, finite
     labels_given: Any, # [N] classes
     labels_clean: Any, # [N] classes, the right ones
-    methods: Optional[dict[str, Callable]]=None, # name -> (features, labels) -> scores or `Agreement`; None: `detectors`
+    methods: Optional[dict[str, Callable]]=None, # (features, labels) -> scores or `Agreement`; None: `detectors`
     top: tuple[int, ...]=(100, 1000, 5000), # lengths of lists
 ) -> list[dict]: # a row per method: what `detection_measures` gives, noise, estimated_noise, seconds
     """How well each method finds the wrong labels among those given. With labels that are all right, the rows hold

@@ -13,7 +13,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 import numpy as np, torch
 
 from ..select.graph import unit_rows
-from ..select.agreement import class_codes
+from ..select.label_graph import class_codes
 
 # %% ../../nbs/lab/00_label_noise.ipynb #ln000006
 def inject_noise(

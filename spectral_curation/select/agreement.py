@@ -82,13 +82,13 @@ def _stratified_folds(codes: Tensor, folds: int, seed: int) -> Tensor:
     fold[order[codes[order].argsort(stable=True)]] = torch.arange(len(codes)) % folds
     return fold
 
-def _out_of_fold(z: np.ndarray, codes: Tensor, n_classes: int, folds: int, seed: int) -> Tensor:
+def _out_of_fold(z: np.ndarray, codes: Tensor, n_classes: int, folds: int, seed: int, C: float) -> Tensor:
     "[N, C] logarithm of each class's probability, from fits to the other folds; 1/N for a class they do not hold."
     from sklearn.linear_model import LogisticRegression
     log_p, fold = torch.full((len(z), n_classes), -math.log(len(z))), _stratified_folds(codes, folds, seed)
     for held in (fold == f for f in range(folds)):
         if not held.any(): continue
-        model = LogisticRegression(max_iter=1000).fit(z[~held.numpy()], codes[~held].numpy())
+        model = LogisticRegression(C=C, max_iter=1000).fit(z[~held.numpy()], codes[~held].numpy())
         logits = torch.as_tensor(model.decision_function(z[held.numpy()])).float()
         if logits.ndim == 1: logits = torch.stack([torch.zeros_like(logits), logits], 1)
         log_p[held.nonzero(), torch.from_numpy(model.classes_)] = logits.log_softmax(1)
@@ -100,6 +100,7 @@ def logistic_agreement(
     n_components: int=256, # signals used, at most: there are no more than d, nor are more than N/4 used
     folds: int=3, # parts of the data; each is judged by a fit to the others, 2 to N
     seed: int=0, # of the folds
+    C: float=.01, # weight of the losses against the penalty, above 0, as scikit-learn has it
 ) -> Agreement: # values are logarithms of probabilities
     """Agreement of each label with a logistic regression on the graph's smoothest signals, fitted to other samples.
     Raises what `graph_agreement` does, and `ValueError` for fewer than two classes of at least two samples each."""
@@ -108,8 +109,9 @@ def logistic_agreement(
     k, folds = whole_number(n_components, 'n_components'), whole_number(folds, 'folds', 2, n)
     if (torch.bincount(codes) > 1).sum() < 2:
         raise ValueError("a logistic fit needs two classes of at least two samples each")
+    if not 0 < C < math.inf: raise ValueError(f"C must be a number above 0, got {C}")
     k = min(k, component_grid(n, d)[-1])
-    log_p = _out_of_fold(spectral_coordinates(features, k).numpy(), codes, len(classes), folds, seed)
+    log_p = _out_of_fold(spectral_coordinates(features, k).numpy(), codes, len(classes), folds, seed, C)
     given = log_p.gather(1, codes[:, None])[:, 0]
     other = log_p.scatter(1, codes[:, None], -math.inf).max(1)
     return Agreement(given - other.values, given, other.indices, other.values, k, classes)

@@ -28,9 +28,9 @@ def class_codes(
         "call this once for each label, label_agreement(features, targets[:, j]), and take the mean")
     if n is not None and len(given) != n: raise ValueError(f"{n} rows of features need {n} labels, got {len(given)}")
     if given.dtype == object:
-        missing = [i for i, v in enumerate(given) if v is None or v != v]
+        missing = [i for i, v in enumerate(given) if v is None or type(v).__name__ == 'NAType' or v != v]   # pandas.NA
         if missing: raise ValueError(f"the label of row {missing[0]} is missing ({len(missing)} in all)")
-        given = given.astype(str)
+        given = np.array(given.tolist())
     if given.dtype.kind == 'f' and np.isnan(given).any():
         raise ValueError(f"the label of row {np.isnan(given).argmax()} is NaN ({np.isnan(given).sum()} in all)")
     if given.dtype.kind not in 'biuUS': raise TypeError(

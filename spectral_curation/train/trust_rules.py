@@ -12,7 +12,8 @@ from typing import Any, Callable, Optional, Union
 import numpy as np, torch
 from torch import Tensor
 
-from ..select.agreement import batch_agreement, class_codes, graph_agreement
+from ..select.label_graph import class_codes
+from ..select.agreement import batch_agreement, graph_agreement
 from ..select.label_scores import noise_share
 from .rules import BatchRule, FeatureRule
 
@@ -162,8 +163,7 @@ class AgreementRule(FeatureRule, TrustRule):
     ) -> None:
         "Compute agreement from these features, and choose by it from now on."
         self.agreement = graph_agreement(features, self.codes, **self.options)._replace(classes=self.classes)
-        if self.estimated:
-            self.trust = max(1 - noise_share(self.agreement), 1/len(self.codes))
+        if self.estimated: self.trust = max(1 - noise_share(self.agreement), 1/len(self.codes))
         self.set_scores(self.agreement.value)
 
     def scores_and_trust(self,
