@@ -192,6 +192,8 @@ def test_losses_that_never_come_are_missed(name):
     list(sampler)
     with pytest.raises(RuntimeError, match=r'got none in the last epoch: call sampler.update\(indices, losses\)'):
         list(sampler)
+    sampler.update(torch.arange(n), torch.rand(n))      # now they come, and it is still the second epoch
+    assert list(sampler) and sampler.place.epoch == 1
     peeked = sampler_of(name)
     next(iter(peeked))                          # a look at a batch needs none
     assert trained(peeked)

@@ -81,12 +81,8 @@ class _Place:
     def __init__(self): self.go_to(0)
     def go_to(self, epoch: int, position: int=0, resumed: bool=False) -> None:
         "Be before an epoch, or in it where a saved training was left."
-        self.epoch, self.position, self.resumed, self.begun, self.finished, self.plan = (epoch, position, resumed,
-                                                                                         False, False, None)
-    def begin(self) -> None:
-        "An iteration begins: in the next epoch if this one has had its own."
-        if self.begun: self.go_to(self.epoch + 1)
-        self.begun = True
+        self.epoch, self.position, self.resumed = epoch, position, resumed
+        self.begun, self.finished, self.plan = False, False, None
 
 # %% ../../nbs/train/22_sampler.ipynb #b9f023d2
 class PlannedSampler(Sampler):
@@ -164,13 +160,13 @@ class CuratedBatchSampler(PlannedSampler):
     `ValueError` on all if they do not train alike."""
     def __iter__(self) -> Iterator[list[int]]:
         place, world_size = self.place, self.processes[1]
-        place.begin()
+        if place.begun: place.go_to(place.epoch + 1)
         if world_size > 1 and process_rank()[1] == world_size: check_same(
             rule=type(self.rule).__name__, epoch=place.epoch, position=place.position, samples=self.n,
             batch_size=self.size, seed=self.seed, super_batch=self.super_batch, drop_last=self.drop_last,
             n_epochs=self.n_epochs, filter_ratio=None if callable(self.filter_ratio) else float(self.filter_ratio))
         steps = self._plan().steps
-        self.losses.due = True
+        place.begun = self.losses.due = True
         for i in range(place.position, len(steps)):
             place.position = i + 1
             yield steps[i].kept.tolist()
@@ -219,6 +215,7 @@ class CuratedBatchSampler(PlannedSampler):
         batches_done: Optional[int]=None, # batches of this epoch trained on; None: all that were handed out
     ) -> dict: # plain values and tensors
         "The place in training. Worker processes fetch ahead: with them, in the middle of an epoch, say `batches_done`."
+        if batches_done is not None: whole_number(batches_done, 'batches_done', 0, self._steps)
         place, next_epoch = self.place, self.place.finished and batches_done is None
         under_way = place.plan is not None and not next_epoch
         rule = place.rule if under_way else deepcopy(self.rule.state_dict())
