@@ -162,6 +162,20 @@ def test_exported_without_features(tmp_path):
         loaded.fit(1)
 
 
+def test_labels_are_not_exported(tmp_path):
+    learn = learner(agreement())
+    learn.path = tmp_path
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn.export('run.pkl')
+    loaded = load_learner(tmp_path/'run.pkl')
+    loaded.dls, loaded.agreement.features = learn.dls, digits[:n]
+    with loaded.no_bar(), loaded.no_logging():
+        with pytest.raises(ValueError, match='learn.agreement.labels = '): loaded.fit(1)
+        loaded.agreement.labels = given
+        loaded.fit(1)
+    assert loaded.agreement.issues().tolist() == learn.agreement.issues().tolist()
+
+
 def refused(selector, error, words):
     "Before the first step."
     learn = learner(selector)
