@@ -162,6 +162,20 @@ def test_exported_without_features(tmp_path):
         loaded.fit(1)
 
 
+def test_labels_are_not_exported(tmp_path):
+    images, labels = small_digits()
+    features, labels = images[:512].flatten(1), labels[:512]
+    learn = digits_learner(Agreement(features=features, labels=labels), path=tmp_path)
+    learn.export('run.pkl')
+    loaded = load_learner(tmp_path/'run.pkl')
+    loaded.dls, loaded.agreement.features = learn.dls, features
+    with loaded.no_bar(), loaded.no_logging():
+        with pytest.raises(ValueError, match='learn.agreement.labels = '): loaded.fit(1)
+        loaded.agreement.labels = labels
+        loaded.fit(1)
+    assert loaded.agreement.issues().tolist() == label_issues(features, labels).tolist()
+
+
 def refused(selector, error, words):
     "Before the first step."
     learn = learner(selector)

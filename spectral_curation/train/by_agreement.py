@@ -70,9 +70,12 @@ def learner_features(
 class AgreementViews(FeatureSelector):
     """Shows what a selector by label agreement found, before or after training: agreement is computed when it is first
     asked for. `ValueError` where there is none of the whole data set, with scope='batch'."""
-    @property
-    def agreement(self) -> LabelAgreement:
+    not_exported = *FeatureSelector.not_exported, 'labels'
+    labels = None       # [N] classes; None: those of the training set
+
+    def graph_agreement(self) -> LabelAgreement:
         "What the graph says of each label of the training set, by the features in use."
+        if self.learn is None: raise ValueError("there is no training set yet: give this callback to a learner, cbs=...")
         self.meet(self.dls.train.dataset)
         self.check_exported()
         if self.rule is None: self.prepare()
@@ -83,11 +86,11 @@ class AgreementViews(FeatureSelector):
 
     def issues(self) -> np.ndarray: # structured: index, given, proposed, given_value, proposed_value, agreement
         "Labels that the graph contradicts, lowest agreement first, as `label_issues` gives them."
-        return issue_table(self.agreement, self.rule.codes)
+        return issue_table(self.graph_agreement(), self.rule.codes)
 
     def class_names(self) -> dict: # class -> its name
         "Names of the classes: those of the loaders' vocabulary, for labels that are positions in it."
-        classes, vocab = self.agreement.classes.tolist(), getattr(self.dls, 'vocab', None)
+        classes, vocab = self.graph_agreement().classes.tolist(), getattr(self.dls, 'vocab', None)
         if isinstance(vocab, L): vocab = vocab[-1]      # fastai's vocabularies of inputs and targets
         if self.labels is not None or vocab is None: return {c: str(c) for c in classes}
         return {c: str(vocab[c]) for c in classes}
@@ -124,7 +127,7 @@ class AgreementViews(FeatureSelector):
     ) -> 'matplotlib.axes.Axes':
         "The distribution of agreement over the training set; what is trusted now is shaded."
         from spectral_curation.train.show import plot_agreement
-        values = self.agreement.value
+        values = self.graph_agreement().value
         return plot_agreement(values, self.rule.trusted(torch.arange(len(values))), title=title, ax=ax)
 
 # %% ../../nbs/train/20_by_agreement.ipynb #ba000010
