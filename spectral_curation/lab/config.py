@@ -203,6 +203,12 @@ class Config:
     def filter_schedule(self) -> Union[float, Callable]:
         "What `schedule_of` gives for the schedule."
         return schedule_of(self.schedule)
+    def trust_schedule(self) -> Union[str, float, Callable]:
+        "What `trust_of` gives for the trust."
+        return trust_of(self.trust)
+    def refresh_schedule(self) -> tuple[float, ...]:
+        "What `refresh_times` gives for the times."
+        return refresh_times(self.refresh)
     def identity(self) -> dict:
         "What decides the result, without paths: files stand as name and content hash. Raises as `complete` does."
         return _identity(self.complete())

@@ -90,10 +90,9 @@ def _make_gstds(config, prepared):
 
 def _make_agreement(config, prepared):
     from spectral_curation.train.by_agreement import Agreement
-    from spectral_curation.lab.config import refresh_times, trust_of
-    return Agreement(config.filter_ratio, features=prepared.features, trust=trust_of(config.trust), scope=config.scope,
+    return Agreement(config.filter_ratio, features=prepared.features, trust=config.trust_schedule(), scope=config.scope,
                      fit=config.fit, balance=config.balance, within_classes=config.within_classes,
-                     refresh=refresh_times(config.refresh), seed=config.seed, **_choice_times(config))
+                     refresh=config.refresh_schedule(), seed=config.seed, **_choice_times(config))
 
 def _make_clean_subset(config, prepared):
     from spectral_curation.train.by_agreement import TrustedSubset
