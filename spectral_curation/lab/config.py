@@ -82,7 +82,8 @@ def refresh_times(
     try: times = tuple(float(t) for t in text.split())
     except ValueError: times = (0.,)
     if all(0 < t < 1 for t in times) and list(times) == sorted(set(times)): return times
-    raise ValueError(f"refresh must be ascending shares of training above 0 and below 1, such as '0.25 0.5'; got {text!r}")
+    raise ValueError("refresh must be ascending shares of training above 0 and below 1, such as '0.25 0.5'; "
+                     f"got {text!r}")
 
 # %% ../../nbs/lab/03_config.ipynb #a860d9c6
 # fields of `Config` that only some methods read
@@ -113,8 +114,8 @@ def _name_and_content(name: str) -> str:
 def _check_config(c) -> None:
     method_named(c.method)
     _read_schedule(c.schedule)
-    allowed_names = dict(dataset=dataset_defaults, form=forms, annealing=annealings, noise_kind=noise_kinds, scope=scopes,
-                         fit=('least_squares', 'logistic'))
+    allowed_names = dict(dataset=dataset_defaults, form=forms, annealing=annealings, noise_kind=noise_kinds,
+                         scope=scopes, fit=('least_squares', 'logistic'))
     for name, allowed in allowed_names.items():
         value = getattr(c, name)
         if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
@@ -179,10 +180,10 @@ class Config:
     reference_epochs: Optional[int]=None # epochs that a held-out reference is trained for; None: as the run's
     imbalance: Optional[float]=None     # cifar10: share left of the rarest class; None: all
     n_test: Optional[int]=None          # test images, at least 1; None: all
-    labels: Optional[str]=None          # cifar10, imagenette: column of a file with the training labels; None: their own
+    labels: Optional[str]=None          # cifar10, imagenette: column of a file of training labels; None: their own
     label_file: Optional[str]=None      # the file; None: imagenette's own
     noise: float=0.                     # share of the training samples that get a wrong label, 0 to 1
-    noise_kind: str='symmetric'         # symmetric: any other class; similar: the one nearest in the reference's features
+    noise_kind: str='symmetric'         # symmetric: any other class; similar: the nearest in the reference's features
     annealing: str='constant'           # the learning rate over training: constant, or one_cycle (fastai's)
     trust: str='positive'               # labels that are trusted: positive, estimated, a share, or 'lin 0.2 1' and such
     scope: str='dataset'                # agreement with the graph of the whole data set, or of the batch

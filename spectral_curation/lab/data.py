@@ -159,7 +159,7 @@ def cifar10_dls(
     """CIFAR-10 in the layout of fastai's `URLs.CIFAR`; a tenth of its training images is for validation (our
     interpretation: the paper does not say). With `imbalance`, classes are thinned out by equal factors (arXiv
     1901.05555). CIFAR-10N's human labels (arXiv 2110.12088) come from a file. Raises `FileNotFoundError` where the
-    files are missing, `ValueError` for more images than there are, or fewer than one, and for labels that do not fit."""
+    files are missing, `ValueError` for more images than there are, or fewer than one, and labels that do not fit."""
     path = _cifar10_folder(root)
     if (labels is None) != (label_file is None): raise ValueError(
         f"labels names a column of label_file, so give both or neither; got labels={labels!r} and {label_file!r}")

@@ -157,7 +157,8 @@ register(Method('agreement', _make_agreement, 'label agreement: random among lab
                 callback='Agreement', options=('reference', 'reference_size', 'trust', 'scope', 'fit', 'balance',
                 'within_classes', 'refresh'), **_features | dict(looks_at='features and labels')))
 register(Method('oracle', _make_clean_subset, 'random among the right labels, which nobody knows',
-                callback='TrustedSubset', looks_at='right labels', chooses='batch', needs='own_labels', forms=_by_index))
+                callback='TrustedSubset', looks_at='right labels', chooses='batch', needs='own_labels',
+                forms=_by_index))
 
 # %% ../../nbs/lab/02_methods.ipynb #27f405c4
 _losses = dict(looks_at='losses', chooses='batch', scoring=1., forms=_by_losses)

@@ -25,7 +25,8 @@ def _methods(c: Config, *names: str) -> list[Config]: return [replace(c, method=
 def _of_cifar10(c: Config, seeds: int) -> list[Config]:
     "The main runs with each seed, the others with the first."
     worst = replace(c, labels='worst')
-    right, short, long = replace(c, labels=None, label_file=None, epochs=4), replace(worst, epochs=1), replace(worst, epochs=4)
+    short, long = replace(worst, epochs=1), replace(worst, epochs=4)
+    right = replace(long, labels=None, label_file=None)
     main = [*_with_controls(long, .43), *_with_controls(short, .22), *_methods(short, 'random', 'oracle'),
             replace(right, method='random'), replace(right, method='agreement', trust='estimated')]
     agreement = replace(short, method='agreement')

@@ -127,7 +127,8 @@ def _ablation(c: Config, seeds: int) -> list[Config]:
     one += [replace(c, n_train=None, imbalance=.02) for c in long_tail]
     return [replace(r, seed=s) for s in range(seeds) for r in one]
 
-experiments: dict[str, Callable] = dict(tables=_tables, budget=_budget, ablation=_ablation, rate=_rate, noise=noise_runs)
+experiments: dict[str, Callable] = dict(tables=_tables, budget=_budget, ablation=_ablation, rate=_rate,
+                                        noise=noise_runs)
 
 # %% ../../nbs/lab/16_papers.ipynb #6d53673b
 def experiment_configs(

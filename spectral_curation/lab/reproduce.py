@@ -49,7 +49,8 @@ def reproduce_parser() -> Parser:
     o('--scale', choices=list(scales), default='cpu',
       help="cpu: what two cores can do; paper: the paper's setting (default: cpu)")
     o('--experiments', type=names_from(experiments), metavar='A,B',
-      help=f"from {', '.join(experiments)} (default: tables,budget; for cifar10 at scale cpu also ablation; imagenette: noise)")
+      help=f"from {', '.join(experiments)} (default: tables,budget; for cifar10 at scale cpu also ablation; "
+           'imagenette: noise)')
     seeds = ', '.join(f"{scale} {v['seeds']}" for scale, v in scales.items())
     o('--seeds', type=number(int, 1), metavar='N', help=f'number of seeds (default: {seeds})')
     o('--methods', type=names_from(budget_methods), metavar='A,B',

@@ -75,7 +75,7 @@ class AgreementViews(FeatureSelector):
 
     def graph_agreement(self) -> LabelAgreement:
         "What the graph says of each label of the training set, by the features in use."
-        if self.learn is None: raise ValueError("there is no training set yet: give this callback to a learner, cbs=...")
+        if self.learn is None: raise ValueError("there is no training set yet: give this to a learner, cbs=...")
         self.meet(self.dls.train.dataset)
         self.check_exported()
         if self.rule is None: self.prepare()

@@ -27,7 +27,8 @@ def check_trust(
     at_start = trust(0.) if callable(trust) else trust
     number = isinstance(at_start, (int, float)) and not isinstance(at_start, bool)
     if trust == 'positive' or number and 0 < at_start <= 1: return trust
-    raise ValueError(f"trust must be 'positive', a share above 0 and at most 1, or a function that gives one; got {at_start!r}")
+    raise ValueError("trust must be 'positive', a share above 0 and at most 1, or a function that gives one; "
+                     f"got {at_start!r}")
 
 def share_ranks(
     scores: Tensor, # [N]
