@@ -13,11 +13,11 @@ from .config import Config
 # %% ../../nbs/lab/16_noise_runs.ipynb #nr000005
 noise_settings = dict(cifar10=dict(size=32, n_valid=1000), imagenette=dict(size=64), pets=dict(size=64, bs=64))
 
-def _with_controls(c: Config, ratio: float) -> list[Config]:
-    "Agreement, and both controls at a filter ratio at which they cost what agreement and its reference cost together."
-    short = dict(method='standard_short', step=c.bs)
+def _with_controls(c: Config, ratio: float, ratio_fewer: float) -> list[Config]:
+    """Agreement, and both controls at filter ratios at which they cost what agreement and its reference cost together.
+    For fewer steps it is one that leaves no step of a few samples at the end of an epoch."""
     return [replace(c, method='agreement'), replace(c, method='random', filter_ratio=ratio),
-            replace(c, filter_ratio=ratio, **short)]
+            replace(c, method='standard_short', step=c.bs, filter_ratio=ratio_fewer)]
 
 def _methods(c: Config, *names: str) -> list[Config]: return [replace(c, method=name) for name in names]
 
@@ -27,7 +27,7 @@ def _of_cifar10(c: Config, seeds: int) -> list[Config]:
     worst = replace(c, labels='worst')
     short, long = replace(worst, epochs=1), replace(worst, epochs=4)
     right = replace(long, labels=None, label_file=None)
-    main = [*_with_controls(long, .43), *_with_controls(short, .22), *_methods(short, 'random', 'oracle'),
+    main = [*_with_controls(long, .43, .43), *_with_controls(short, .22, .22), *_methods(short, 'random', 'oracle'),
             replace(right, method='random'), replace(right, method='agreement', trust='estimated')]
     agreement = replace(short, method='agreement')
     once = [*_methods(short, 'saln', 'small_loss', 'fine', 'knn', 'rho'), replace(agreement, scope='batch'),
@@ -45,7 +45,7 @@ def _of_cifar10(c: Config, seeds: int) -> list[Config]:
 def _of_imagenette(c: Config, seeds: int) -> list[Config]:
     "Half of the published labels are wrong; two epochs."
     half = replace(c, labels='noisy_labels_50', epochs=4)
-    return [replace(r, seed=s) for s in range(seeds) for r in _with_controls(half, .48)]
+    return [replace(r, seed=s) for s in range(seeds) for r in _with_controls(half, .48, .49)]
 
 def _of_pets(c: Config, seeds: int) -> list[Config]:
     "Injected labels, 40% wrong, of both kinds; four epochs."
@@ -64,11 +64,11 @@ def noise_runs(
     return dict(cifar10=_of_cifar10, imagenette=_of_imagenette, pets=_of_pets)[config.dataset](base, seeds)
 
 # %% ../../nbs/lab/16_noise_runs.ipynb #nr000011
-def _at_total_cost(rows: list[dict], labels: str, ratio: float, control: str):
+def _at_total_cost(rows: list[dict], labels: str, ratios: tuple, control: str):
     from spectral_curation.lab.stats import at_equal_cost
     def of(method, q): return [r for r in rows if (c := r['config'])['method'] == method and c['epochs'] == 4
                                and c.get('labels') == labels and c['filter_ratio'] == q and set(c).isdisjoint(_variants)]
-    others = of('random', ratio) + of('standard_short', ratio)
+    others = of('random', ratios[0]) + of('standard_short', ratios[1])
     return at_equal_cost(of('agreement', .5), others, control, with_preparation=True)
 
 _variants = 'trust', 'scope', 'fit', 'refresh', 'balance', 'within_classes'
@@ -80,9 +80,9 @@ def noise_sentences(
     "What label agreement brings where many labels are wrong, with the number of seeds and the interval."
     from spectral_curation.lab.stats import interval_text
     out = []
-    for name, rows, labels, ratio in (('CIFAR-10 with human labels of which 40% are wrong', cifar10, 'worst', .43),
-                                      ('Imagenette with half of the labels wrong', imagenette, 'noisy_labels_50', .48)):
-        ds = [_at_total_cost(rows, labels, ratio, control) for control in ('random_subset', 'fewer_steps')]
+    for name, rows, labels, ratios in (('CIFAR-10 with human labels of which 40% are wrong', cifar10, 'worst', (.43, .43)),
+                                      ('Imagenette with half of the labels wrong', imagenette, 'noisy_labels_50', (.48, .49))):
+        ds = [_at_total_cost(rows, labels, ratios, control) for control in ('random_subset', 'fewer_steps')]
         if not all(d.n for d in ds): continue
         random, fewer = (interval_text(list(d.by_seed.values()), 100) for d in ds)
         seeds = f"{ds[0].n} seed{'s' if ds[0].n > 1 else ', no interval'}"
