@@ -67,7 +67,8 @@ def noise_runs(
 def _at_total_cost(rows: list[dict], labels: str, ratio: float, control: str):
     from spectral_curation.lab.stats import at_equal_cost
     def of(method, q): return [r for r in rows if (c := r['config'])['method'] == method and c['epochs'] == 4
-                               and c.get('labels') == labels and c['filter_ratio'] == q and set(c).isdisjoint(_variants)]
+                               and c.get('labels') == labels and c['filter_ratio'] == q
+                               and set(c).isdisjoint(_variants)]
     others = of('random', ratio) + of('standard_short', ratio)
     return at_equal_cost(of('agreement', .5), others, control, with_preparation=True)
 
@@ -88,6 +89,8 @@ def noise_sentences(
         seeds = f"{ds[0].n} seed{'s' if ds[0].n > 1 else ', no interval'}"
         out.append(f'{name}: {random} points ahead of a random subset, {fewer} ahead of fewer steps ({seeds})')
     if not out: return ''
-    return ('**With wrong labels it is another matter.** Label agreement, two epochs, both controls at the same total cost, '
-            'the features of the reference included: ' + '; '.join(out) + '. See [label noise]'
-            '(experiments/06_label_noise.ipynb), also for what it costs where all labels are right.')
+    right = any(c['method'] == 'agreement' and not c.get('labels') and not c.get('noise')
+                for c in (r['config'] for r in cifar10))
+    return ('**With wrong labels it is another matter.** Label agreement, two epochs, both controls at the same total '
+            'cost, the features of the reference included: ' + '; '.join(out) + '. See [label noise]'
+            '(experiments/06_label_noise.ipynb)' + ', also for what it costs where all labels are right'*right + '.')
