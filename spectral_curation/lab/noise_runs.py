@@ -67,7 +67,8 @@ def noise_runs(
 def _at_total_cost(rows: list[dict], labels: str, ratios: tuple, control: str):
     from spectral_curation.lab.stats import at_equal_cost
     def of(method, q): return [r for r in rows if (c := r['config'])['method'] == method and c['epochs'] == 4
-                               and c.get('labels') == labels and c['filter_ratio'] == q and set(c).isdisjoint(_variants)]
+                               and c.get('labels') == labels and c['filter_ratio'] == q
+                               and set(c).isdisjoint(_variants)]
     others = of('random', ratios[0]) + of('standard_short', ratios[1])
     return at_equal_cost(of('agreement', .5), others, control, with_preparation=True)
 
@@ -80,14 +81,18 @@ def noise_sentences(
     "What label agreement brings where many labels are wrong, with the number of seeds and the interval."
     from spectral_curation.lab.stats import interval_text
     out = []
-    for name, rows, labels, ratios in (('CIFAR-10 with human labels of which 40% are wrong', cifar10, 'worst', (.43, .43)),
-                                      ('Imagenette with half of the labels wrong', imagenette, 'noisy_labels_50', (.48, .49))):
+    cases = (('CIFAR-10 with human labels of which 40% are wrong', cifar10, 'worst', (.43, .43)),
+             ('Imagenette with half of the labels wrong', imagenette, 'noisy_labels_50', (.48, .49)))
+    for name, rows, labels, ratios in cases:
         ds = [_at_total_cost(rows, labels, ratios, control) for control in ('random_subset', 'fewer_steps')]
         if not all(d.n for d in ds): continue
         random, fewer = (interval_text(list(d.by_seed.values()), 100) for d in ds)
-        seeds = f"{ds[0].n} seed{'s' if ds[0].n > 1 else ', no interval'}"
-        out.append(f'{name}: {random} points ahead of a random subset, {fewer} ahead of fewer steps ({seeds})')
+        numbers = ' and '.join(dict.fromkeys(str(d.n) for d in ds))
+        seeds = f"{numbers} seed{'s' if numbers != '1' else ', no interval'}"
+        out.append(f'{name}: {random} points against a random subset, {fewer} against fewer steps ({seeds})')
     if not out: return ''
-    return ('**With wrong labels it is another matter.** Label agreement, two epochs, both controls at the same total cost, '
-            'the features of the reference included: ' + '; '.join(out) + '. See [label noise]'
-            '(experiments/06_label_noise.ipynb), also for what it costs where all labels are right.')
+    right = any(c['method'] == 'agreement' and not c.get('labels') and not c.get('noise')
+                for c in (r['config'] for r in cifar10))
+    return ('**With wrong labels:** label agreement, two epochs, both controls at the same total '
+            'cost, the features of the reference included: ' + '; '.join(out) + '. See [label noise]'
+            '(experiments/06_label_noise.ipynb)' + ', also for what it costs where all labels are right'*right + '.')

@@ -148,7 +148,7 @@ def experiment_configs(
     if experiment == 'noise' and dataset not in noise_settings:
         raise ValueError(f"'noise' is an experiment on {', '.join(noise_settings)}; got {dataset!r}")
     settings = dict(weights='imagenet') | scales[scale][dataset] | {k: v for k, v in config.items() if v is not None}
-    if settings.get('label_file'): settings |= dict(labels='worst')
+    if settings.get('label_file'): settings |= dict(labels='worst') if experiment == 'noise' else dict(label_file=None)
     if experiment == 'budget':
         settings |= dict(epochs=budget_epochs.get(scale, {}).get(dataset, settings.get('epochs')))
     base = Config(dataset=dataset, **settings).complete()

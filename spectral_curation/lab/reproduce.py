@@ -71,6 +71,8 @@ def _checked_runs(p: Parser, a: argparse.Namespace, wanted: list[str]) -> dict[s
     "Experiment -> its runs. Refuses what can't be run."
     names = 'root', 'weights', 'reference', 'reference_size', 'device', 'num_workers', 'cache', 'label_file'
     fields = {k: getattr(a, k) for k in names}
+    if 'noise' in wanted and a.dataset == 'cifar10' and not a.label_file:
+        p.error("argument --label_file: the experiment noise on cifar10 needs CIFAR-10N's labels")
     try: configs = {name: experiment_configs(a.dataset, a.scale, name, a.seeds, **fields) for name in wanted}
     except ValueError as e: p.error(str(e))
     if a.methods and 'budget' in configs: configs['budget'] = [c for c in configs['budget'] if c.method in a.methods]

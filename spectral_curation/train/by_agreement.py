@@ -101,6 +101,7 @@ class AgreementViews(FeatureSelector):
         "`issues` as a file, with the names of classes and, where the data set is made of files, theirs."
         table, names, path = self.issues(), self.class_names(), Path(path)
         items = getattr(self.dls.train.dataset, 'items', ())
+        if hasattr(items, 'iloc'): items = ()       # rows of a table, which are not asked for their files
         files = [str(items[i]) if len(items) and isinstance(items[i], Path) else '' for i in table['index']]
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as tmp, open(tmp, 'w', newline='') as f:
@@ -143,7 +144,7 @@ class Agreement(ScheduledRatio, AgreementViews):
         labels: Optional[Any]=None, # [N] classes; None: those of the training set
         trust: Trust='positive', # positive, estimated, a share, or (share of training done) -> a share
         scope: str='dataset', # graph of the whole data set (dataset), or of each batch (batch)
-        within_classes: bool=False, # take the share of each class; needs scope='dataset'
+        within_classes: bool=False, # take the share of each class; needs scope='dataset' and a share
         balance: float=0., # weight of a class: its size to the power of -balance, 0 to 1; for scope='dataset'
         fit: str='least_squares', # or logistic, for scope='dataset'
         refresh: Iterable[float]=(), # shares of training, above 0 and below 1; for scope='dataset'

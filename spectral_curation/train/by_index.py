@@ -117,6 +117,14 @@ class FeatureSelector(IndexSelector):
         if not hasattr(self.learn, 'lr_finder'): self._unpaid = 0
         return super().watch_loader()
 
+    def state_dict(self) -> dict: return super().state_dict() | dict(unpaid=self._unpaid)
+    def load_state_dict(self,
+        state: dict, # from `state_dict`
+    ) -> None:
+        "Continue from `state`."
+        super().load_state_dict(state)
+        self._unpaid = state.get('unpaid', 0)       # what an epoch has counted is not counted again
+
     def batch_features(self,
         idx: Tensor, # [...] data set indices, int64, on the CPU
     ) -> Tensor: # [..., d]

@@ -59,6 +59,12 @@ def draw_trusted(
     rest = scores.masked_fill(trusted, -math.inf).argsort(descending=True, stable=True)
     return torch.cat([drawn, rest[:k-len(drawn)]])
 
+def _check_groups(name: str, grouped: bool, trust: Trust) -> None:
+    "`ValueError` for classes whose share is to be trusted, where trust is no share."
+    if grouped and trust == 'positive': raise ValueError(
+        f"{name}: the trusted share is taken of each class, so trust must be a share, or a function that gives one; "
+        f"got {trust!r}, which trusts each score by itself")
+
 class TrustRule(BatchRule):
     "Draw uniformly among the samples whose score is trusted (ours)."
     def __init__(self,
@@ -66,12 +72,13 @@ class TrustRule(BatchRule):
         trust: Trust='positive', # scores above 0; a share, the highest; or (share of training done) -> a share
         labels: Optional[Any]=None, # [N] classes: the share is taken of each class; None: of all samples together
     ):
-        "Raises `ValueError` for scores of another shape or not finite, and for a trust out of range."
+        "Raises `ValueError` for scores of another shape or not finite, a trust out of range, classes without a share."
         scores = torch.as_tensor(scores).detach().cpu().double()
         if scores.ndim != 1 or not scores.isfinite().all():
             bad = f', first in row {int((~scores.isfinite()).nonzero()[0])}' if scores.ndim == 1 else ''
             raise ValueError(f"scores must be [N] finite numbers, got shape {list(scores.shape)}{bad}")
         self.trust, self.share_done = check_trust(trust), 0.
+        _check_groups('labels', labels is not None, trust)
         self.groups = None if labels is None else class_codes(labels, len(scores))[0]
         self.set_scores(scores)
 
@@ -89,15 +96,20 @@ class TrustRule(BatchRule):
 
     def batches_per_call(self, batch_size: int) -> int: return 1 if callable(self.trust) else 64
 
+    @property
+    def share(self) -> float: # above 0 and at most 1
+        "The share that is trusted now, where trust is not 'positive'. `ValueError` where a function gives no share."
+        share = self.trust(self.share_done) if callable(self.trust) else self.trust
+        if 0 < share <= 1: return share
+        raise ValueError(f"trust must give a share above 0 and at most 1, got {share} when "
+                         f"{self.share_done:.0%} of training is done")
+
     def trusted(self,
         indices: Tensor, # [...] data set indices
     ) -> Tensor: # [...] bool
         "Which samples are eligible now. `ValueError` where a function gives no share."
         if self.trust == 'positive': return self.scores[indices] > 0
-        share = self.trust(self.share_done) if callable(self.trust) else self.trust
-        if not 0 < share <= 1: raise ValueError(f"trust must give a share above 0 and at most 1, got {share} when "
-                                                f"{self.share_done:.0%} of training is done")
-        return self.ranks[indices] < share - 1e-12
+        return self.ranks[indices] < self.share - 1e-12
 
     def scores_and_trust(self,
         indices: Tensor, # [n, B] data set indices
@@ -140,7 +152,7 @@ class AgreementRule(FeatureRule, TrustRule):
         labels: Any, # [N] classes: integers, booleans or strings
         trust: Trust='positive', # agreement above 0; estimated: all but the estimated share of wrong labels; or a share
         scope: str='dataset', # graph of the whole data set (dataset), or of each batch (batch)
-        within_classes: bool=False, # take the share of each class; needs scope='dataset'
+        within_classes: bool=False, # take the share of each class; needs scope='dataset' and a share
         n_components: Optional[int]=None, # signals used, >= 1; None: as `graph_agreement` or `batch_agreement` chooses
         balance: float=0., # weight of a class: its size to the power of -balance, 0 to 1; for scope='dataset'
         fit: str='least_squares', # or logistic, for scope='dataset'
@@ -150,6 +162,7 @@ class AgreementRule(FeatureRule, TrustRule):
         if scope == 'batch' and (within_classes or balance or fit != 'least_squares' or trust == 'estimated'):
             raise ValueError("within_classes, balance, fit and trust='estimated' look at all labels, so they need "
                              "scope='dataset'; got scope='batch'")
+        _check_groups('within_classes', within_classes, trust)
         FeatureRule.__init__(self, features)
         self.codes, self.classes = class_codes(labels, len(self.features))
         self.scope = scope
@@ -174,8 +187,7 @@ class AgreementRule(FeatureRule, TrustRule):
         if self.scope == 'dataset': return TrustRule.scores_and_trust(self, indices)
         a = batch_agreement(self.batch_features(indices), self.codes[indices], self.options['n_components'])
         if self.trust == 'positive': return a, a > 0
-        share = self.trust(self.share_done) if callable(self.trust) else self.trust
-        return a, torch.stack([share_ranks(row) for row in a]) < share - 1e-12
+        return a, torch.stack([share_ranks(row) for row in a]) < self.share - 1e-12
 
     def batches_per_call(self, batch_size: int) -> int:
         if callable(self.trust): return 1
