@@ -170,7 +170,7 @@ def describe_rows(
 def diagnostics_table(
     rows: list[dict], # result records
 ) -> pd.DataFrame: # one row per configuration
-    """Which samples were selected, means over seeds: shares of the samples selected in each epoch, in some, in none; the
+    """Which samples were selected, means over seeds: shares of those selected in each epoch, in some, in none; the
     total variation between the classes selected and the classes present; SALN's spectral gap."""
     def of(r): return r['selection'] | dict(spectral_gap=np.mean(r['gap']) if r['gap'] else np.nan)
     table = {name: pd.DataFrame(list(map(of, runs))).mean() for name, runs in grouped(rows).items()}
